@@ -47,6 +47,10 @@ class Randomness:
         """Return the words of the budget that a step of gates is under."""
         return (self.seed, step)
 
+    def adapter(self, linear: str) -> "torch.Generator":
+        """Return the generator of the first values of the adapter of a linear."""
+        return generator("adapter", self.seed, linear)
+
     def block_order(self, block: int, epoch: int) -> "torch.Generator":
         """Return the generator of the order of chunks in the training of one block."""
         return generator(self.seed, block, epoch)

@@ -54,7 +54,9 @@ class Learning:
         inputs = [job.pass_key, *job.block_keys.values()]
         self._key = unit_key("learn", LEARN_VERSION, inputs, **options)
         self._gates = {
-            each.name: count for each in job.linears if (count := num_directions(each, job.form))
+            each.name: count
+            for each in job.linears
+            if (count := num_directions(each, job.form, allocator.adapters))
         }
         blocks = sorted({each.block for each in job.linears if each.name in self._gates})
         self.keys = {
@@ -84,6 +86,8 @@ class Learning:
             options=self._course.options,
             penalty_by=self._allocator.penalty_by,
             tail=self._allocator.tail,
+            adapters=self._allocator.adapters,
+            randomness=self._job.randomness,
             polarises=self._allocator.polarises,
             keys=self.keys,
             target_keys=self._target_keys,
@@ -110,6 +114,8 @@ class Learning:
         }
         has_gains = self._allocator.has_gains(job.budget.kept)
         facts = dict(next(iter(done.values()), {}))
+        if self._allocator.adapters:
+            facts |= {"adapters": self._allocator.adapters}
         if self._allocator.polarises:
             facts |= {"gains": has_gains, "reconstruction": RECONSTRUCTION}
         return Scores(
@@ -176,7 +182,8 @@ class Learning:
         for linear in self._job.linears:
             dense += linear.values
             open_directions, has_tail = counts.get(linear.name, (0, True))
-            factors = self._job.form.factor_values(linear, max(open_directions, 1))
+            rank = max(open_directions, 1) + self._allocator.adapters
+            factors = self._job.form.factor_values(linear, rank)
             values += linear.values if has_tail else min(factors, linear.values)
         return values / dense
 

@@ -12,6 +12,7 @@ from orchestrator.models.checkpoint.weights import fingerprint_of
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.statistics.orientation import dense_weight
+from orchestrator.models.training.adapted import AdaptedScores, Adapter, adapter_rows
 from orchestrator.models.training.gate_scores import (
     GateScores,
     GateTraining,
@@ -25,6 +26,7 @@ from orchestrator.models.training.gated import GatedLowRankLinear
 from orchestrator.models.training.polarised import PolarisedGates, final_gates, gate_fractions
 from orchestrator.models.training.train_options import TrainOptions
 from orchestrator.plan.linear import Linear
+from orchestrator.randomness import Randomness
 from orchestrator.runtime.calls import Command
 from orchestrator.runtime.worker import Emitted, Stored, Worker
 from orchestrator.stages.context.pipeline.commands import PassCommand
@@ -36,7 +38,12 @@ from orchestrator.stages.context.pipeline.shard import (
 )
 from orchestrator.stages.context.task import CompressionTask
 from orchestrator.stages.context.worker.open_shard import DenseModel
-from orchestrator.stages.context.worker.orders import order_by_score, write_scores
+from orchestrator.stages.context.worker.orders import (
+    order_by_score,
+    with_adapters,
+    write_adapters,
+    write_scores,
+)
 from orchestrator.stages.context.worker.stored import Decompositions
 
 MakeGates = Callable[[Linear, GatedLowRankLinear], LearnedGates]
@@ -50,6 +57,9 @@ class LearnSettings:
     penalty_by: str
     tail: str
     """"gate" or "full"; see `allocate.learned.Learned`."""
+    adapters: int
+    """Rank of the adapters; 0: none."""
+    randomness: Randomness
     polarises: bool
     keys: Mapping[int, str]
     """Keys of the units of scores, by block."""
@@ -98,7 +108,7 @@ class LearnWorker(Worker):
 
     def _gated_shard(self, blocks: range) -> OpenTraining[GateTraining]:
         task = self.task
-        gated = [each for each in task.linears if num_directions(each, task.form)]
+        gated = [each for each in task.linears if self._count(each)]
         make = self._polarised(gated) if self.settings.polarises else self._pulled(gated)
         model = self.dense.lazy.shard(blocks)
         try:
@@ -113,9 +123,24 @@ class LearnWorker(Worker):
         return OpenTraining(model, GateTraining(gates))
 
     def _pulled(self, linears: list[Linear]) -> MakeGates:
-        """Return the constructor of the scores of linears."""
-        pulls = gate_pulls(linears, self.task.form, self.settings.penalty_by)
-        return lambda linear, gated: GateScores(gated, pulls[linear.name])
+        """Return the constructor of the scores of linears, with adapters if there are some."""
+        settings = self.settings
+        pulls = gate_pulls(linears, self.task.form, settings.penalty_by, settings.adapters)
+
+        def make(linear: Linear, gated: GatedLowRankLinear) -> LearnedGates:
+            pull = pulls[linear.name]
+            if not settings.adapters:
+                return GateScores(gated, pull)
+            size = linear.out_features, linear.in_features, settings.adapters
+            draw = settings.randomness.adapter(linear.name)
+            gated.adapter = adapter = Adapter(size, draw, self.device)
+            return AdaptedScores(gated, pull, adapter)
+
+        return make
+
+    def _count(self, linear: Linear) -> int:
+        """Number of directions of a linear that may be stored."""
+        return num_directions(linear, self.task.form, self.settings.adapters)
 
     def _polarised(self, linears: list[Linear]) -> MakeGates:
         """Return the constructor of the polarised gates of linears."""
@@ -129,7 +154,7 @@ class LearnWorker(Worker):
 
     def _gate(self, model: Shard, linear: Linear) -> GatedLowRankLinear:
         """Give a linear of an open shard gates for its directions."""
-        module, count = model.module(linear.name), num_directions(linear, self.task.form)
+        module, count = model.module(linear.name), self._count(linear)
         weight_OI = dense_weight(module)
         left_OR, right_RI = (
             self._decompositions.factor(linear, part, count).to(weight_OI)
@@ -166,15 +191,19 @@ class LearnWorker(Worker):
         else:
             ended = {name: (self._final(name, s),) for name, s in final_scores(state, step).items()}
         found = {
-            name: order_by_score(*(tensor.numpy() for tensor in each))
+            name: with_adapters(
+                order_by_score(*(tensor.numpy() for tensor in each)), self.settings.adapters
+            )
             for name, each in ended.items()
         }
         unit = self.run.units.begin(self.settings.keys[block])
         write_scores(unit, found)
+        if self.settings.adapters:
+            write_adapters(unit, adapter_rows(state))
         unit.commit(environment=self.environment(), facts=facts)
 
     def _final(self, name: str, scores_N: Tensor) -> Tensor:
         """Return the scores of the directions of a linear that may be stored, and of its tail."""
         if self.settings.tail == "gate":
             return scores_N
-        return with_tail(scores_N, num_directions(self.task.linear(name), self.task.form))
+        return with_tail(scores_N, self._count(self.task.linear(name)))

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from orchestrator.device.transport import download, upload
-from orchestrator.methods.kinds.base import Factor, Kind
+from orchestrator.methods.kinds.base import Factor, Kind, StoredLinear
 from orchestrator.methods.kinds.ranked import MaskedParts
 from orchestrator.models.checkpoint.layout import MEAN, FileSpec, TensorSpec
 from orchestrator.models.checkpoint.weights import Checkpoint, Weights
@@ -27,7 +27,7 @@ from orchestrator.plan.grouping import is_wide
 from orchestrator.plan.linear import Linear
 from orchestrator.stages.context.masks import read_candidates
 from orchestrator.stages.context.task import CompressionTask
-from orchestrator.stages.context.worker.orders import read_scores
+from orchestrator.stages.context.worker.orders import ADAPTERS_FILE, read_scores
 from orchestrator.store.places import Place
 from orchestrator.store.run import RunDirectory
 
@@ -117,6 +117,26 @@ class OrderedFile(StoredFile):
         if columns is None:
             return stored
         return stored[:, columns.start : columns.stop].contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedFile:
+    """Stored tensors of directions, behind those of an adapter of the same linear."""
+
+    directions: StoredFile
+    adapters: StoredFile
+    linear: str
+    rank: int
+    """Rank of the adapter."""
+
+    def whole(self, name: str) -> Tensor:
+        return self.directions.whole(name)
+
+    def prefix(self, name: str, rows: int, columns: range | None = None) -> Tensor:
+        """Return the rows of the adapter, and behind them the first ones of the directions."""
+        stored = self.directions.prefix(name, max(rows - self.rank, 0), columns)
+        own = self.adapters.prefix(f"{self.linear}.{name}", min(rows, self.rank), columns)
+        return torch.cat([own.to(stored), stored])
 
 
 class DenseTensors:
@@ -211,18 +231,24 @@ class Decompositions:
         """Return a stored tensor of a linear."""
         return self.stored(self._task.linear(linear)).whole(name)
 
-    def stored(self, linear: Linear) -> StoredFile:
+    def stored(self, linear: Linear) -> StoredLinear:
         """Return the file of a linear, or of those that share its basis."""
         first = self._groups[linear.name][0]
         key = self._task.block_keys[self._task.grouping.first(first.block)]
         path = self.run.units.file(key, factors_file(first))
         if linear.block in self._task.order_keys:
-            scores = self._scores(self._task.order_keys[linear.block])
+            order_key = self._task.order_keys[linear.block]
+            scores = self._scores(order_key)
             if linear.name in scores:
                 order_K, _, gains_K = scores[linear.name]
                 has_gains = self._task.has_gains and gains_K is not None
                 gains = torch.from_numpy(gains_K) if has_gains else None
-                return OrderedFile(path, self._device, torch.from_numpy(order_K).long(), gains)
+                order = torch.from_numpy(order_K).long()
+                ordered = OrderedFile(path, self._device, order, gains)
+                if not (rank := scores[linear.name].adapters):
+                    return ordered
+                adapters = StoredFile(self.run.units.file(order_key, ADAPTERS_FILE), self._device)
+                return AdaptedFile(ordered, adapters, linear.name, rank)
         return StoredFile(path, self._device)
 
 
