@@ -50,6 +50,10 @@ class Randomness:
         # 53 bits, which a float64 has: more could be rounded to 1
         return (int.from_bytes(digest, "little") >> 11) / 2**53
 
+    def adapter(self, linear: str) -> "torch.Generator":
+        """Return the generator of the first values of the adapter of a linear."""
+        return generator("adapter", self.seed, linear)
+
     def block_order(self, block: int, epoch: int) -> "torch.Generator":
         """Return the generator of the order of chunks in the training of one block."""
         return generator(self.seed, block, epoch)

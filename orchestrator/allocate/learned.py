@@ -24,7 +24,7 @@ from orchestrator.recipe.options import check_choice, check_number, check_whole
 ENDING_PENALTY = 2e-5 * 1.01**750
 """Weight of the L1 term at which a learning is expected to end."""
 
-LATER = (("tail", "gate"),)
+LATER = (("tail", "gate"), ("adapters", 0))
 """Options that came later, at the values that give what was learned before."""
 
 
@@ -55,6 +55,11 @@ class Learned(Allocator):
     the score of the best direction of which that is no longer true. Directions that are not stored
     count for that alone, and are gone once the linear is cut.
 
+    With `adapters` a every linear has a term B A x / 2 of rank a, B = 0 at the start, that Adam
+    trains beside the gates, at 0.02 times their rate: in the authors' units both have one rate. A
+    cut of rank r is the adapter and the best r - a directions, [B / 2, U] and [A; D], so that
+    adapters count in the size and all sizes share them; a linear that stays dense loses its own.
+
     Adam divides by the size of the gradients, so their noise takes every score, whatever its
     importance, about rate · √T away from its course: a schedule may not be much shorter.
 
@@ -62,8 +67,9 @@ class Learned(Allocator):
 
     Departures from the authors' code: the scores are in units where they begin at 1, and Adam's
     epsilon with them; the basis is that of the method (`svd` has the paper's); by default a tail in
-    place of the directions above break-even, which save nothing; costs in the penalty; no adapters,
-    no second training. The data set, the length of sequences and bfloat16 are those of the recipe.
+    place of the directions above break-even, which save nothing; by default costs in the penalty
+    and no adapters, which here have no dropout and count in the size; no second training. The data
+    set, the length of sequences and bfloat16 are those of the recipe.
 
     Source: arXiv 2502.01717. O(n log n) in the number of directions.
     """
@@ -97,6 +103,8 @@ class Learned(Allocator):
     tail: Literal["gate", "full"] = "gate"
     """Above break-even one gate for all that the stored directions leave, or one for each of the
     min(O, I) directions, which the paper has."""
+    adapters: int = 0
+    """Rank of the adapter of every linear, which is trained beside the gates; the paper has 32."""
     cross_entropy: float = 1.0
     """Weight of the cross-entropy of the text's next tokens, averaged over predictions."""
     divergence: float = 0.0
@@ -117,6 +125,7 @@ class Learned(Allocator):
         check_whole("learned: steps", self.steps, 1, 1_000_000)
         check_whole("learned: batch", self.batch, 1, 100_000)
         check_choice("learned: penalty_by", self.penalty_by, ("cost", "count"))
+        check_whole("learned: adapters", self.adapters, 0, 100_000)
         check_choice("learned: tail", self.tail, ("gate", "full"))
         check_number("learned: cross_entropy", self.cross_entropy, 0, 1e6)
         check_number("learned: divergence", self.divergence, 0, 1e6)
@@ -171,8 +180,16 @@ class Learned(Allocator):
         return 3.0 * self.expected_steps * self.batch
 
     def check_budget(self, linears: Sequence[Linear], budget: Budget) -> None:
-        """Raise the errors of `Budget.total`, and UsageError for a size below `stop`."""
+        """Raise the errors of `Budget.total`, and UsageError for a size below `stop` or adapters
+        that leave no rank to directions."""
         budget.total(linears)
+        most = [budget.form.break_even(each) - 1 for each in linears]
+        for linear, ranks in zip(linears, most, strict=True):
+            if 0 < ranks <= self.adapters:
+                raise UsageError(
+                    f"learned: adapters is {self.adapters}, and {linear.name} has {ranks} ranks "
+                    "below break-even, of which directions need one; give fewer, or --ignore it"
+                )
         if self.below_stop == "refuse" and budget.cost is VALUES and budget.kept < self.stop:
             raise UsageError(
                 f"keep: {budget.kept} is below {self.stop}, where learned.stop ends the learning; "
@@ -190,7 +207,7 @@ class Learned(Allocator):
 
         Raises:
             InfeasibleError: As `Budget.total`; or the budget does not hold all open gates, and
-                `below_stop` refuses.
+                `below_stop` refuses; or it does not hold all adapters and a direction of each.
             InputError: Scores of a linear are missing.
         """
         plan = plan_of_scores(linears, curves, budget)
@@ -204,6 +221,12 @@ class Learned(Allocator):
                 f"their order is not learned; the smallest learned size is {least / dense:.6f}: "
                 "keep more, learn longer (learned.stop, learned.steps), or give "
                 "learned.below_stop=allow"
+            )
+        ranks = [each.rank for each in plan.assignments.values() if each.form != "dense"]
+        if self.adapters and min(ranks, default=self.adapters + 1) <= self.adapters:
+            raise InfeasibleError(
+                f"{budget.cost.field}: {budget.kept} holds rank {min(ranks)} of a linear, and its "
+                f"adapter and one direction have {self.adapters + 1}: keep more"
             )
         return plan
 

@@ -186,6 +186,11 @@ class GateAllocator(Protocol):
         ...
 
     @property
+    def adapters(self) -> int:
+        """Rank of adapters; 0: none."""
+        ...
+
+    @property
     def cross_entropy(self) -> float: ...
 
     @property

@@ -75,6 +75,7 @@ class Soco(Allocator):
     polarises: ClassVar[bool] = True
     penalty_by: ClassVar[str] = "cost"
     tail: ClassVar[str] = "gate"
+    adapters: ClassVar[int] = 0
     target: float = 0.6
     """Kept fraction of values that the gates are driven to: the smallest size, and the largest one
     with gains, unless `budgets` are given."""

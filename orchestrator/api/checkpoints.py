@@ -116,8 +116,10 @@ def verify(
     def changes_errors(report: Mapping[str, Any]) -> bool:
         """Only stages that the report has are imported."""
         method, in_order = report.get("recipe", {}).get("method"), LEARN in report
-        has_gains = in_order and report[LEARN].get("gains", False)
-        if has_gains or estimates_errors(method, in_order=in_order):
+        learned = report.get(LEARN, {})
+        if learned.get("gains") or learned.get("adapters"):
+            return True
+        if estimates_errors(method, in_order=in_order):
             return True
         return any(name in report and STAGES[name].changes_errors for name in STAGES)
 

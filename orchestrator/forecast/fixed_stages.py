@@ -23,6 +23,10 @@ GATE_BYTES = 24
 """Bytes of a gate that is learned: score, two moments, step in which it closed, gate, gradient."""
 GATE_STATE_BYTES = 16
 """Bytes of a gate in a snapshot; the last one and the one that is being written exist."""
+ADAPTER_BYTES = 16
+"""Bytes of a value of an adapter: itself, two moments, gradient."""
+ADAPTER_STATE_BYTES = 12
+"""Bytes of a value of an adapter in a snapshot."""
 
 
 def stage_costs(setting: Setting, resolved: ResolvedRecipe) -> dict[str, StageCost]:
@@ -139,9 +143,11 @@ class LearnCost(StageCost):
             "backward": forward.times(2),
             "turn": forward.times(3) + head,
             "evaluate": forward + head.times(1 / 3),
-            "update": Work(read=GATE_BYTES * self._gates),
-            "snapshot": Work(write=GATE_STATE_BYTES * self._gates),
-            "commit": Work(write=8 * self._gates),
+            "update": Work(read=GATE_BYTES * self._gates + ADAPTER_BYTES * self._adapter_values),
+            "snapshot": Work(
+                write=GATE_STATE_BYTES * self._gates + ADAPTER_STATE_BYTES * self._adapter_values
+            ),
+            "commit": Work(write=8 * self._gates + 4 * self._adapter_values),
         }
 
     def content(self, before: Parts) -> tuple[Parts, Parts]:
@@ -151,9 +157,11 @@ class LearnCost(StageCost):
         of_gates = 4 if getattr(allocator, "polarises", False) else 0
         of_budgets = 4 * len(getattr(allocator, "gain_budgets", ()))
         held = {**before, "targets": self._targets} if self._targets else before
-        after = {**held, "scores": (8 + of_gates + of_budgets) * gates}
-        peak = 8 + of_budgets + 2 * GATE_STATE_BYTES
-        return {**held, "scores": peak * gates}, after
+        adapters = self._adapter_values * self._blocks
+        after = {**held, "scores": (8 + of_gates + of_budgets) * gates + 4 * adapters}
+        peak = (8 + of_budgets + 2 * GATE_STATE_BYTES) * gates
+        peak += (4 + 2 * ADAPTER_STATE_BYTES) * adapters
+        return {**held, "scores": peak}, after
 
     @property
     def _targets(self) -> float:
@@ -192,7 +200,17 @@ class LearnCost(StageCost):
         if self._is_full:
             return [(each, min(each.out_features, each.in_features)) for each in heaviest]
         form = self.setting.costs.budget.form
-        return [(each, form.break_even(each) - 1) for each in heaviest]
+        return [(each, form.break_even(each) - 1 - self._adapters) for each in heaviest]
+
+    @property
+    def _adapters(self) -> int:
+        """Rank of the adapters."""
+        return int(getattr(self.setting.costs.allocator, "adapters", 0))
+
+    @property
+    def _adapter_values(self) -> float:
+        """Values of the adapters of a block."""
+        return float(sum(self._adapters * linear.rank_cost for linear, _ in self._ranks))
 
     @property
     def _gates(self) -> float:
@@ -209,7 +227,9 @@ class LearnCost(StageCost):
         setting = self.setting
         routed = 1 - setting.shapes.idle_values / setting.shapes.block_values
         weights = sum(each.values for each, _ in self._ranks) if self._is_full else 0
-        factors = 2.0 * setting.tokens * (self._factor_values - weights) * routed
+        # a fourth product, that of an adapter's gradient, on top of the three of a step
+        values = self._factor_values - weights + 4 / 3 * self._adapter_values
+        factors = 2.0 * setting.tokens * values * routed
         return setting.costs.forward(1) + computed(factors, setting.costs.itemsize)
 
     def _memory(self, workers: int) -> Footprint:
@@ -219,12 +239,14 @@ class LearnCost(StageCost):
         inner = sum(rank + linear.in_features for linear, rank in self._ranks)
         logits = 4 * 4 * tokens * shapes.vocabulary
         between = size * tokens * shapes.hidden * (blocks + 2 * workers)
+        adapters = int(ADAPTER_BYTES * blocks * self._adapter_values)
         return Footprint(
             {
                 "process": memory.PROCESS_BYTES,
                 "weights": blocks * shapes.block_values * size,
                 "factors": int(blocks * self._factor_values) * size,
                 "gates": int(GATE_BYTES * blocks * self._gates),
+                **({"adapters": adapters} if adapters else {}),
                 "embeddings or head": size * max(shapes.front_values, shapes.head_values),
                 "activations": memory.activation_bytes(shapes, tokens, size, 1)
                 + size * tokens * inner

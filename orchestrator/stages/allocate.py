@@ -159,6 +159,6 @@ def _curves(decomposed: Decomposed, scores: Scores) -> dict[str, Any]:
     for name, losses in scores.losses.items():
         curves[name] = replace(curves[name], sensitivities=losses)
     for name, learned in scores.learned.items():
-        energies = curves[name].energies[learned.order_K]
+        energies = learned.arrange(curves[name].energies)
         curves[name] = replace(curves[name], energies=energies, scores=learned.scores)
     return curves

@@ -82,7 +82,7 @@ ROWS: Mapping[str, Row] = {
     "svd (learned, paper)": {
         "method": "svd",
         "allocation": "learned",
-        "options": {"learned": {**SHORT, "tail": "full", "penalty_by": "count"}},
+        "options": {"learned": {**SHORT, "tail": "full", "penalty_by": "count", "adapters": 32}},
     },
     "two-sided (soco)": {
         "method": "two-sided",

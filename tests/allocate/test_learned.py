@@ -94,6 +94,23 @@ def test_sizes_below_the_open_gates_are_refused_or_extrapolated():
         Learned().check_budget(MODEL, Budget(0.3))
 
 
+def test_adapters_and_one_direction_of_each_linear_are_always_kept():
+    """They come before all other directions of the model; a budget that does not hold them has no
+    plan, even where open gates may be closed."""
+    linears = make_linears([(16, 16), (16, 16)])
+    curves = make_curves(linears)
+    for each, best in zip(linears, (0.9, -50.0), strict=True):
+        scores = np.array([np.inf] * 3 + [best - n for n in range(4)] + [best - 9])
+        curves[each.name] = replace(curves[each.name], scores=scores)
+    options = {"adapters": 2, "below_stop": "allow"}
+    found = plan(linears, curves, 8 * 32 / 512, **options).assignments
+    assert [found[each.name].rank for each in linears] == [5, 3]
+    with pytest.raises(InfeasibleError, match="holds rank 2 of a linear"):
+        plan(linears, curves, 5 * 32 / 512, **options)
+    with pytest.raises(UsageError, match=r"adapters is 7, and .* has 7 ranks below break-even"):
+        Learned(adapters=7).check_budget(linears, Budget(0.6))
+
+
 def test_the_pull_follows_from_the_step_alone():
     """1.01 to the power of the fourth part of the step: 12 times after 1,000, 145 after 2,000."""
 

@@ -55,6 +55,9 @@ def test_gates_of_all_directions_have_factors_in_the_place_of_weights(config):
     fewer = 6 * tokens * (targeted - squares)
     assert tail.flops - full.flops == pytest.approx(fewer, rel=2e-3)
     assert full.device.parts["gates"] == 24 * sum(smaller) / 8
+    adapted = learning(forecast(path, options={"learned": {"adapters": 32}})).device.parts
+    sides = sum(each.out_features + each.in_features for each in shapes.linears)
+    assert adapted["adapters"] == 16 * 32 * sides / 8
     assert full.device.parts["factors"] == pytest.approx(2 * (targeted + squares) / 8, rel=1e-3)
 
 

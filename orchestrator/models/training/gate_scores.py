@@ -39,38 +39,45 @@ class GatePull:
     """float32 [K + 1]."""
 
     @classmethod
-    def by_count(cls, linear: Linear, form: Form) -> "GatePull":
+    def by_count(cls, linear: Linear, form: Form, adapters: int = 0) -> "GatePull":
         """Return equal weights of all gates."""
-        ones = torch.ones(num_directions(linear, form) + 1)
+        ones = torch.ones(num_directions(linear, form, adapters) + 1)
         return cls(direction=ones, tail=ones)
 
     @classmethod
-    def by_cost(cls, linear: Linear, form: Form, mean: float) -> "GatePull":
+    def by_cost(cls, linear: Linear, form: Form, mean: float, adapters: int = 0) -> "GatePull":
         """Return the numbers of values that closing a gate saves, over `mean`."""
-        ranks = range(num_directions(linear, form) + 1)
-        values = [form.factor_values(linear, rank) for rank in ranks]
+        ranks = range(num_directions(linear, form, adapters) + 1)
+        values = [form.factor_values(linear, adapters + rank) for rank in ranks]
         saved = [values[max(rank, 1)] - values[max(rank, 1) - 1] for rank in ranks]
         tail = [linear.values - each for each in values]
         return cls(direction=torch.tensor(saved) / mean, tail=torch.tensor(tail) / mean)
 
 
-def num_directions(linear: Linear, form: Form) -> int:
-    """Return the number of directions below break-even, each with a gate."""
-    return max(form.break_even(linear) - 1, 0)
+def num_directions(linear: Linear, form: Form, adapters: int = 0) -> int:
+    """Return the number of directions that may be stored, each with a gate: those below break-even
+    less the rank of the adapter, which is stored with them."""
+    return max(form.break_even(linear) - 1 - adapters, 0)
 
 
-def gate_pulls(linears: list[Linear], form: Form, penalty_by: str) -> dict[str, GatePull]:
+def gate_pulls(
+    linears: list[Linear], form: Form, penalty_by: str, adapters: int = 0
+) -> dict[str, GatePull]:
     """Return the pulls of the linears that have directions, by name.
 
     By cost, the mean is that of the directions of all linears: it is one, whatever the sizes.
     """
-    gated = [each for each in linears if num_directions(each, form)]
+    gated = [each for each in linears if num_directions(each, form, adapters)]
     if penalty_by == "count":
-        return {each.name: GatePull.by_count(each, form) for each in gated}
-    counts = {each.name: num_directions(each, form) for each in gated}
-    values = sum(int(form.factor_values(each, counts[each.name])) for each in gated)
+        return {each.name: GatePull.by_count(each, form, adapters) for each in gated}
+    counts = {each.name: num_directions(each, form, adapters) for each in gated}
+    values = sum(
+        int(form.factor_values(each, adapters + counts[each.name]))
+        - int(form.factor_values(each, adapters))
+        for each in gated
+    )
     mean = values / max(sum(counts.values()), 1)
-    return {each.name: GatePull.by_cost(each, form, mean) for each in gated}
+    return {each.name: GatePull.by_cost(each, form, mean, adapters) for each in gated}
 
 
 class LearnedGates(ABC):
@@ -87,6 +94,11 @@ class LearnedGates(ABC):
     def count(self) -> int:
         """Number of gates, N."""
         return sum(map(len, self._parts))
+
+    @property
+    def numbers(self) -> int:
+        """Number of trained values."""
+        return self.count
 
     @property
     def gradient(self) -> Tensor:
@@ -235,8 +247,8 @@ class GateTraining:
 
     @property
     def num_parameters(self) -> dict[int, int]:
-        """Number of gates of each block."""
-        return {b: sum(e.count for e in self._gates[b].values()) for b in self.blocks}
+        """Number of gates and values of adapters of each block."""
+        return {b: sum(e.numbers for e in self._gates[b].values()) for b in self.blocks}
 
     def check_room(self, free: int) -> None:
         """Raise InfeasibleError if `free` bytes of device memory do not hold the gradients."""
@@ -251,7 +263,7 @@ class GateTraining:
         """No-op: the gates' own gradients are those of the scores."""
 
     def norms(self) -> dict[int, float]:
-        """Squared gradient norms of all blocks, of the loss without the L1 term."""
+        """Squared norms of the gates' gradients of all blocks, of the loss without the L1 term."""
         found: dict[int, float] = {}
         for block, each in self._gates.items():
             squares = [

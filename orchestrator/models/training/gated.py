@@ -43,6 +43,7 @@ class GatedLowRankLinear(nn.Module):
         right_RI: D.
         weight_OI: W; None: no tail.
         bias_O: Added as it is; may be trained.
+        adapter: Term of the outputs that is trained beside the gates.
     """
 
     left_OR: Tensor
@@ -55,12 +56,15 @@ class GatedLowRankLinear(nn.Module):
         right_RI: Tensor,
         weight_OI: Tensor | None = None,
         bias_O: Tensor | None = None,
+        *,
+        adapter: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.register_buffer("left_OR", left_OR.detach())
         self.register_buffer("right_RI", right_RI.detach())
         self.register_buffer("weight_OI", None if weight_OI is None else weight_OI.detach())
         self.bias_O = bias_O
+        self.adapter = adapter
         options: dict[str, Any] = {"dtype": torch.float32, "device": left_OR.device}
         self.gates_R = nn.Parameter(torch.ones(len(right_RI), **options))
         self.tail = None if weight_OI is None else nn.Parameter(torch.ones(1, **options))
@@ -73,6 +77,8 @@ class GatedLowRankLinear(nn.Module):
         else:
             directions = product(scaled(inner, self.gates_R - self.tail), self.left_OR)
             output = directions + product(input, self.weight_OI, self.tail)
+        if self.adapter is not None:
+            output = output + self.adapter(input)
         return output if self.bias_O is None else output + self.bias_O
 
 

@@ -37,7 +37,8 @@ def make_report(
     sparse weights are interpolated between every 5 % of the density, those of `two-sided-sparse`
     between its measured points, and of `cap` the first is an estimate from random combinations of
     the inputs (`linalg.ranked.SKETCH`). Where directions are kept in a learned order, the errors of
-    those that are not orthogonal (of `two-sided`, and on inputs of `svd` and `asvd`) are estimates.
+    those that are not orthogonal (of `two-sided`, and on inputs of `svd` and `asvd`) are estimates;
+    with adapters all are, of the directions alone.
 
     Of an expert `routed` is the part of the tokens that it sees if all see equally many.
 

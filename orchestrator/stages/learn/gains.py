@@ -48,6 +48,7 @@ class GainLearning(GateSteps):
         settings = LearnSettings(
             options=self._course.options,
             penalty_by=self._allocator.penalty_by,
+            randomness=self._job.randomness,
             polarises=False,
             keys=self.keys,
             target_keys=self._target_keys,

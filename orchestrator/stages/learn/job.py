@@ -27,7 +27,9 @@ class Learning(GateSteps):
         options = {"options": allocator.decisive(), "seed": job.randomness.seed}
         inputs = [job.pass_key, *job.block_keys.values()]
         self._gates = {
-            each.name: count for each in job.linears if (count := num_directions(each, job.form))
+            each.name: count
+            for each in job.linears
+            if (count := num_directions(each, job.form, allocator.adapters))
         }
         blocks = sorted({each.block for each in job.linears if each.name in self._gates})
         key = unit_key("learn", LEARN_VERSION, inputs, **options)
@@ -40,6 +42,8 @@ class Learning(GateSteps):
             options=self._course.options,
             penalty_by=self._allocator.penalty_by,
             tail=self._allocator.tail,
+            adapters=self._allocator.adapters,
+            randomness=self._job.randomness,
             polarises=self._allocator.polarises,
             keys=self.keys,
             target_keys=self._target_keys,
@@ -62,6 +66,8 @@ class Learning(GateSteps):
         }
         has_gains = self._allocator.gain_budget(job.budget.kept) is not None
         facts = dict(next(iter(done.values()), {}))
+        if self._allocator.adapters:
+            facts |= {"adapters": self._allocator.adapters}
         if self._allocator.polarises:
             facts |= {"gains": has_gains}
         return Scores(
@@ -77,7 +83,8 @@ class Learning(GateSteps):
         for linear in self._job.linears:
             dense += linear.values
             open_directions, has_tail = counts.get(linear.name, (0, True))
-            factors = self._job.form.factor_values(linear, max(open_directions, 1))
+            rank = max(open_directions, 1) + self._allocator.adapters
+            factors = self._job.form.factor_values(linear, rank)
             values += linear.values if has_tail else min(factors, linear.values)
         return values / dense
 

@@ -12,6 +12,7 @@ from orchestrator.models.checkpoint.weights import fingerprint_of
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.statistics.orientation import dense_weight
+from orchestrator.models.training.adapted import AdaptedScores, Adapter, adapter_rows
 from orchestrator.models.training.gate_scores import (
     GateScores,
     GateTraining,
@@ -31,6 +32,7 @@ from orchestrator.models.training.polarised import (
 )
 from orchestrator.models.training.train_options import TrainOptions
 from orchestrator.plan.linear import Linear
+from orchestrator.randomness import Randomness
 from orchestrator.runtime.calls import Command
 from orchestrator.runtime.worker import Emitted, Stored, Worker
 from orchestrator.stages.context.pipeline.commands import PassCommand
@@ -45,6 +47,8 @@ from orchestrator.stages.context.worker.open_shard import DenseModel
 from orchestrator.stages.context.worker.orders import (
     DirectionScores,
     order_by_score,
+    with_adapters,
+    write_adapters,
     write_gains,
     write_scores,
 )
@@ -59,12 +63,15 @@ class LearnSettings:
 
     options: TrainOptions
     penalty_by: str
+    randomness: Randomness
     polarises: bool
     keys: Mapping[int, str]
     """Keys of the units of scores, by block."""
     target_keys: tuple[str, ...]
     tail: str = "gate"
     """"gate" or "full"; see `allocate.learned.Learned`."""
+    adapters: int = 0
+    """Rank of the adapters; 0: none."""
     ranks: Mapping[str, int] | None = None
     """Ranks of the linears that a plan cuts, whose gains are learned; None: scores are."""
 
@@ -128,10 +135,9 @@ class LearnWorker(Worker):
 
     def _num_gated(self, linear: Linear) -> int:
         """Directions of a linear that have a gate."""
-        ranks = self.settings.ranks
-        return (
-            num_directions(linear, self.task.form) if ranks is None else ranks.get(linear.name, 0)
-        )
+        if self.settings.ranks is not None:
+            return self.settings.ranks.get(linear.name, 0)
+        return num_directions(linear, self.task.form, self.settings.adapters)
 
     def _maker(self, linears: list[Linear]) -> MakeGates:
         """Return the constructor of the gates of linears."""
@@ -146,9 +152,20 @@ class LearnWorker(Worker):
         return DirectionGains(gated, gates_K[: self._num_gated(linear)])
 
     def _pulled(self, linears: list[Linear]) -> MakeGates:
-        """Return the constructor of the scores of linears."""
-        pulls = gate_pulls(linears, self.task.form, self.settings.penalty_by)
-        return lambda linear, gated: GateScores(gated, pulls[linear.name])
+        """Return the constructor of the scores of linears, with adapters if there are some."""
+        settings = self.settings
+        pulls = gate_pulls(linears, self.task.form, settings.penalty_by, settings.adapters)
+
+        def make(linear: Linear, gated: GatedLowRankLinear) -> LearnedGates:
+            pull = pulls[linear.name]
+            if not settings.adapters:
+                return GateScores(gated, pull)
+            size = linear.out_features, linear.in_features, settings.adapters
+            draw = settings.randomness.adapter(linear.name)
+            gated.adapter = adapter = Adapter(size, draw, self.device)
+            return AdaptedScores(gated, pull, adapter)
+
+        return make
 
     def _polarised(self, linears: list[Linear]) -> MakeGates:
         """Return the constructor of the polarised gates of linears."""
@@ -202,6 +219,8 @@ class LearnWorker(Worker):
             write_gains(unit, {name: each.numpy() for name, each in final_gates(state).items()})
         else:
             write_scores(unit, self._ordered(state, step))
+            if self.settings.adapters:
+                write_adapters(unit, adapter_rows(state))
         unit.commit(environment=self.environment(), facts=facts)
 
     def _ordered(self, state: Mapping[str, Tensor], step: int) -> dict[str, DirectionScores]:
@@ -213,7 +232,9 @@ class LearnWorker(Worker):
         else:
             ended = {name: (self._final(name, s),) for name, s in final_scores(state, step).items()}
         return {
-            name: order_by_score(*(tensor.numpy() for tensor in each))
+            name: with_adapters(
+                order_by_score(*(tensor.numpy() for tensor in each)), self.settings.adapters
+            )
             for name, each in ended.items()
         }
 
@@ -221,4 +242,4 @@ class LearnWorker(Worker):
         """Return the scores of the directions of a linear that may be stored, and of its tail."""
         if self.settings.tail == "gate":
             return scores_N
-        return with_tail(scores_N, num_directions(self.task.linear(name), self.task.form))
+        return with_tail(scores_N, self._num_gated(self.task.linear(name)))

@@ -272,9 +272,9 @@ def _in_order(facts: Mapping[str, Any], learned: DirectionScores | None) -> Mapp
     """Facts of a decomposition whose directions are kept in a learned order, if there is one."""
     if learned is None:
         return facts
-    curve = {**facts["curve"], "energies": np.asarray(facts["curve"]["energies"])[learned.order_K]}
+    curve = {**facts["curve"], "energies": learned.arrange(np.asarray(facts["curve"]["energies"]))}
     named = {n: facts[n] for n in ("activation_energies", "weight_energies") if n in facts}
-    ordered = {name: np.asarray(each)[learned.order_K] for name, each in named.items()}
+    ordered = {name: learned.arrange(np.asarray(each)) for name, each in named.items()}
     return {**facts, **ordered, "curve": curve}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from orchestrator.device.transport import download, upload
-from orchestrator.methods.kinds.base import Factor, Kind
+from orchestrator.methods.kinds.base import Factor, Kind, StoredLinear
 from orchestrator.methods.kinds.ranked import MaskedParts
 from orchestrator.models.checkpoint.layout import MEAN, FileSpec, TensorSpec
 from orchestrator.models.checkpoint.weights import Checkpoint, Weights
@@ -28,7 +28,7 @@ from orchestrator.plan.grouping import is_wide
 from orchestrator.plan.linear import Linear
 from orchestrator.stages.context.masks import read_candidates
 from orchestrator.stages.context.task import CompressionTask
-from orchestrator.stages.context.worker.orders import read_gains, read_scores
+from orchestrator.stages.context.worker.orders import ADAPTERS_FILE, read_gains, read_scores
 from orchestrator.store.places import Place
 from orchestrator.store.run import RunDirectory
 
@@ -118,6 +118,26 @@ class OrderedFile(StoredFile):
         if columns is None:
             return stored
         return stored[:, columns.start : columns.stop].contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedFile:
+    """Stored tensors of directions, behind those of an adapter of the same linear."""
+
+    directions: StoredFile
+    adapters: StoredFile
+    linear: str
+    rank: int
+    """Rank of the adapter."""
+
+    def whole(self, name: str) -> Tensor:
+        return self.directions.whole(name)
+
+    def prefix(self, name: str, rows: int, columns: range | None = None) -> Tensor:
+        """Return the rows of the adapter, and behind them the first ones of the directions."""
+        stored = self.directions.prefix(name, max(rows - self.rank, 0), columns)
+        own = self.adapters.prefix(f"{self.linear}.{name}", min(rows, self.rank), columns)
+        return torch.cat([own.to(stored), stored])
 
 
 class DenseTensors:
@@ -213,16 +233,22 @@ class Decompositions:
         """Return a stored tensor of a linear."""
         return self.stored(self._task.linear(linear)).whole(name)
 
-    def stored(self, linear: Linear) -> StoredFile:
+    def stored(self, linear: Linear) -> StoredLinear:
         """Return the file of a linear, or of those that share its basis."""
         first = self._groups[linear.name][0]
         key = self._task.block_keys[self._task.grouping.first(first.block)]
         path = self.run.units.file(key, factors_file(first))
         if linear.block in self._task.order_keys:
-            scores = self._scores(self._task.order_keys[linear.block])
+            order_key = self._task.order_keys[linear.block]
+            scores = self._scores(order_key)
             if linear.name in scores:
                 order_K = torch.from_numpy(scores[linear.name].order_K).long()
-                return OrderedFile(path, self._device, order_K, self._plan_gains(linear, order_K))
+                gains_K = self._plan_gains(linear, order_K)
+                ordered = OrderedFile(path, self._device, order_K, gains_K)
+                if not (rank := scores[linear.name].adapters):
+                    return ordered
+                adapters = StoredFile(self.run.units.file(order_key, ADAPTERS_FILE), self._device)
+                return AdaptedFile(ordered, adapters, linear.name, rank)
         return StoredFile(path, self._device)
 
     def gains(self, linear: Linear) -> Tensor | None:
