@@ -76,8 +76,9 @@ class Learned(Allocator):
 
     source: ClassVar[str] = "arXiv 2502.01717"
     departure: ClassVar[str] = (
-        "Scores begin at 1, in the basis of the method; the penalty is by values "
-        "(`learned.penalty_by=count` restores the paper's); no adapters and no second training."
+        "Scores begin at 1, in the basis of the method; the penalty is by values, with one gate "
+        "for a tail and without adapters (`learned.penalty_by=count`, `tail=full` and "
+        "`adapters=32` restore the paper's); no second training."
     )
     use: ClassVar[str] = (
         "For many sizes from one run, with text and time for thousands of steps; `threshold` "

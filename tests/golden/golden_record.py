@@ -238,7 +238,6 @@ def _resumed(name: str) -> dict[str, Any]:
                 Path(path.name).symlink_to(path)
         Path("text.txt").symlink_to("../text.txt")
         with tarfile.open(ARCHIVE) as archive:
-            # `filter` is an argument since Python 3.11.4
             archive.extraction_filter = getattr(tarfile, "data_filter", None)
             archive.extractall(".")
         manifests = sorted(Path(f"{name}.run").glob("units/*/*/manifest.json"))

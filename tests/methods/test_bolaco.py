@@ -178,7 +178,7 @@ def test_a_trial_of_a_cut_has_its_bias(result, llama, text, tmp_path):
     [
         ({"storage": "pivoted"}, "bolaco keeps the form affine; give storage 'plain'"),
         ({"compensate": "input"}, "the bias of bolaco would stay that of the factors before"),
-        ({"allocation": "d-rank"}, "that of affine ranks falls"),
+        ({"allocation": "d-rank"}, "ranks of form .affine. differ in price"),
         ({"options": {"bolaco": {"covariance": "mean"}}}, "covariance is 'mean'"),
     ],
 )
