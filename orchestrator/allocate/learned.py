@@ -24,9 +24,6 @@ from orchestrator.recipe.options import check_choice, check_number, check_whole
 ENDING_PENALTY = 2e-5 * 1.01**750
 """Weight of the L1 term at which a learning is expected to end."""
 
-LATER = (("tail", "gate"), ("adapters", 0))
-"""Options that came later, at the values that give what was learned before."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Learned(Allocator):
@@ -67,7 +64,7 @@ class Learned(Allocator):
 
     Departures from the authors' code: the scores are in units where they begin at 1, and Adam's
     epsilon with them; the basis is that of the method (`svd` has the paper's); by default a tail in
-    place of the directions above break-even, which save nothing; by default costs in the penalty
+    place of the directions above break-even, which save no values; by default costs in the penalty
     and no adapters, which here have no dropout and count in the size; no second training. The data
     set, the length of sequences and bfloat16 are those of the recipe.
 
@@ -147,8 +144,7 @@ class Learned(Allocator):
         """Options that decide the scores."""
         options = asdict(self)
         del options["below_stop"]
-        # added later: keys without them are as before
-        return {name: each for name, each in options.items() if (name, each) not in LATER}
+        return options
 
     def weights_at(self, step: int, kept: float) -> tuple[float, float]:
         """Return the weight of the L1 term in a step, counted from 1, a function of it alone."""
@@ -189,7 +185,8 @@ class Learned(Allocator):
             if 0 < ranks <= self.adapters:
                 raise UsageError(
                     f"learned: adapters is {self.adapters}, and {linear.name} has {ranks} ranks "
-                    "below break-even, of which directions need one; give fewer, or --ignore it"
+                    "below break-even, one of which must be left for a direction; give fewer, or "
+                    "--ignore it"
                 )
         if self.below_stop == "refuse" and budget.cost is VALUES and budget.kept < self.stop:
             raise UsageError(
@@ -271,15 +268,15 @@ def learned_steps(linear: Linear, curve: Curve, ranks: AllowedRanks) -> LearnedS
         InputError: The curve has no scores.
     """
     count, size = ranks.count(linear), ranks.step(linear)
-    # a measured step may cost nothing more
+    # the measured cost of a step may be 0
     cost_S = np.maximum(step_costs(linear, ranks), 1)
     if not count:
         return LearnedSteps(np.ones(1), curve.total / cost_S)
     if curve.scores is None or len(curve.scores) <= count * size:
         found = 0 if curve.scores is None else len(curve.scores) - 1
         raise InputError(
-            f"{curve.name}: {found} of {count * size} directions have learned scores; the "
-            "allocation 'learned' needs those of its own stage"
+            f"{curve.name}: {found} of {count * size} directions have learned scores; an "
+            "allocation by scores needs those of its own stage"
         )
     *directions, tail = np.asarray(curve.scores, dtype=np.float64)
     score_K = np.maximum(np.asarray(directions[: count * size]), tail)
