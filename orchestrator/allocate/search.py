@@ -39,7 +39,7 @@ class SearchAllocator(Allocator):
     `around = "threshold"` the fraction that `Threshold` gives it.
 
     - `space = "exact"` (default): s by bisection, so that every plan fills the budget, to less than
-      a rank of each linear. A common summand of z changes nothing, so that of the first group is 0,
+      a rank of each linear. A common summand of z changes no plan, so z of the first group is 0,
       and the others are within ±`spread`.
     - `space = "window"` (published): s = 0 and z = log ρ, where the plan stores between the budget
       and `window` of the dense values less; outside, s leads to the nearer end of that window.

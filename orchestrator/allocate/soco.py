@@ -41,7 +41,7 @@ class Soco(Allocator):
     (`models.training.polarised`). In the first half of the steps λ2 is 0: the size comes to its
     target by what the divergence minds least. In the next quarter λ2 oscillates below a tenth of
     `polarisation`, in the last one it rises to it, so that gates part at a half. A size takes steps
-    of all linears in the order of their gates, as of `learned`, and nothing is trained for it. At
+    of all linears in the order of their gates, as of `learned`, without further steps. At
     the target and below, the left factor of a kept direction is multiplied by its gate, its gain,
     which makes up for directions that are cut; above, directions with gates near 0 are kept too,
     and all as they are.

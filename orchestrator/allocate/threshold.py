@@ -136,7 +136,7 @@ class Threshold(Allocator):
         if self.dense == "break_even":
             return rates(found.cost_K, found.gain_K)
         if not found.cost_K.any():
-            # what costs nothing, as a cache that a linear does not have, is taken first
+            # steps of cost 0, of a linear without a cache, are taken first
             return np.zeros(len(found.cost_K))
         if not ranks.cost.has_fixed_part or len(found.cost_K) == 1:
             return hull_rates(found.cost_K, found.gain_K)

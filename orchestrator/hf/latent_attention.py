@@ -34,7 +34,7 @@ def family_of(attention: nn.Module) -> str:
 def latent_attention(model: PreTrainedModel) -> PreTrainedModel:
     """Make a model's keys cacheable as latents by `latent_cache`; returns the model.
 
-    A hook is registered on each attention module; nothing else is changed, and without a latent
+    A hook is registered on each attention module; all else stays as it is, and without a latent
     cache the model computes what it did. Another call has no effect.
 
     Raises:

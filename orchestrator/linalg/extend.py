@@ -16,8 +16,9 @@ def extend_directions(
 
     The further ones are the K - R leading singular directions of W - U D, of descending singular
     values. If U D = P W for a projection P to R of the dimensions that W spans, as of every method
-    that stores factors, W - U D has rank K - R at most and nothing is left; if it is the truncated
-    SVD of W, they are the rest of that SVD. Of factors that were rounded some rounding is left.
+    that stores factors, W - U D has rank K - R at most and the remainder is 0; if it is the
+    truncated SVD of W, they are the rest of that SVD. Of factors that were rounded some rounding
+    is left.
 
     The factors come in the dtype of W and on its device; bits follow from the arguments, the device
     and the number of threads. O(O I K + K^3).

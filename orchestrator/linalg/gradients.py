@@ -55,7 +55,7 @@ class WeightGradient:
         return self
 
     def settle(self) -> None:
-        """End the accumulation; there is nothing to free."""
+        """End the accumulation; no memory is freed."""
 
     def check(self, name: str) -> None:
         """Raise the errors of `DirectionGradients.check`."""

@@ -33,7 +33,7 @@ class Bolaco(Method):
     default, needs neither its held-out text nor Optuna.
 
     Departures from the authors' code: ranks at break-even and above stay dense, where theirs
-    stores factors that save nothing; ranks are multiples by `--rank-multiple 8` only; groups count
+    stores factors that save none; ranks are multiples by `--rank-multiple 8` only; groups count
     by their tokens, equal if all sequences are full; sums in float64. Their targets are a recipe:
     v_proj stays dense with `--ignore '*v_proj'`, and counts among the kept values of the paper,
     not of `--keep`. By default v_proj is cut too, so that `--keep` has one meaning for every

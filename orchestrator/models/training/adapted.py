@@ -21,7 +21,7 @@ EPSILON = 1e-8
 
 
 class Adapter(nn.Module):
-    """Term SCALE B A x of the outputs of a linear; B is 0 at the start, so that it is nothing.
+    """Term SCALE B A x of the outputs of a linear; B is 0 at the start, and so is the term.
 
     Values are float32 and computed in the dtype of x. Entries of A are uniform within
     ± 1 / sqrt(I), as LoRA's. A (O + I) multiply-adds a token, and three times that backward.

@@ -127,7 +127,7 @@ def plan_steps(
 def _drawn(
     training: list[int], number: int, steps: int, randomness: Randomness
 ) -> tuple[tuple[int, ...], ...]:
-    """Divide the sequences of each epoch into `number` batches, for so many steps."""
+    """Divide the sequences of each epoch into `number` batches; gives those of `steps` steps."""
     # imported here because a forecast reads the options without torch
     import torch
 
