@@ -37,6 +37,7 @@ ALLOCATORS: Registry[type[Allocator]] = Registry(
         "mgaa": "orchestrator.allocate.mgaa:MgaaAllocator",
         "lorc": "orchestrator.allocate.lorc:Lorc",
         "learned": "orchestrator.allocate.learned:Learned",
+        "path": "orchestrator.allocate.threshold_path:ThresholdPath",
         "soco": "orchestrator.allocate.soco:Soco",
         "strs": "orchestrator.allocate.strs:Strs",
         "search": "orchestrator.allocate.search:SearchAllocator",

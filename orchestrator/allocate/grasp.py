@@ -50,8 +50,8 @@ class GraspAllocator(Allocator):
         "not chosen by the angle of last tokens."
     )
     use: ClassVar[str] = (
-        "To cut few redundant blocks deeply, with the directions of any low-rank method. Not "
-        "measured yet."
+        "To cut few redundant blocks deeply, with the directions of any low-rank method. "
+        "`threshold` over all blocks lost far less in our results."
     )
     needs_block_cosines: ClassVar[bool] = True
 

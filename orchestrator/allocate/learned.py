@@ -17,6 +17,7 @@ from orchestrator.errors import InfeasibleError, InputError, UsageError
 from orchestrator.plan.allowed_ranks import AllowedRanks
 from orchestrator.plan.cost import VALUES
 from orchestrator.plan.curve import Curve
+from orchestrator.plan.forms import Form
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment, Plan
 from orchestrator.recipe.options import check_choice, check_number, check_whole
@@ -78,11 +79,12 @@ class Learned(Allocator):
         "`adapters=32` restore the paper's); no second training."
     )
     use: ClassVar[str] = (
-        "For many sizes from one run, with text and time for thousands of steps; `threshold` "
-        "needs none, and after a short schedule it lost less in our trial."
+        "To compare with: thousands of steps, where `path` takes some dozens, and `threshold`, "
+        "which lost less than a short schedule in our trial, takes none."
     )
     scoring: ClassVar[Scoring] = Scoring.GATES
     polarises: ClassVar[bool] = False
+    needs_nats: ClassVar[bool] = False
     rate: float = 2.5e-3
     """Learning rate of Adam: a gate that is pulled down all the time closes in 1 / rate steps."""
     penalty: float = 2e-5
@@ -164,6 +166,17 @@ class Learned(Allocator):
         return None
 
     @property
+    def snapshot_gains(self) -> bool:
+        """False: open gates are 1."""
+        return False
+
+    def begin(
+        self, linears: Sequence[Linear], curves: Mapping[str, Curve], form: Form, tokens: int
+    ) -> "Learned":
+        """Return itself: steps need no curve."""
+        return self
+
+    @property
     def expected_steps(self) -> int:
         """Steps until λ is what it is after 3,000 of the authors' schedule, which ends after 2,000
         to 4,000; an estimate."""
@@ -188,11 +201,7 @@ class Learned(Allocator):
                     "below break-even, one of which must be left for a direction; give fewer, or "
                     "--ignore it"
                 )
-        if self.below_stop == "refuse" and budget.cost is VALUES and budget.kept < self.stop:
-            raise UsageError(
-                f"keep: {budget.kept} is below {self.stop}, where learned.stop ends the learning; "
-                "keep more, give a lower learned.stop, or learned.below_stop=allow"
-            )
+        check_stop("learned", self.stop, self.below_stop, budget)
 
     def __call__(
         self,
@@ -208,18 +217,7 @@ class Learned(Allocator):
                 `below_stop` refuses; or it does not hold all adapters and a direction of each.
             InputError: Scores of a linear are missing.
         """
-        plan = plan_of_scores(linears, curves, budget)
-        if self.below_stop == "refuse" and extrapolates(linears, curves, plan, budget.ranks):
-            steps = [learned_steps(each, curves[each.name], budget.ranks) for each in linears]
-            open_steps = zip(linears, steps, strict=True)
-            least = sum(_open_cost(linear, each, budget.ranks) for linear, each in open_steps)
-            dense = sum(map(budget.cost.dense, linears))
-            raise InfeasibleError(
-                f"{budget.cost.field}: {budget.kept} closes gates that learning left open, and "
-                f"their order is not learned; the smallest learned size is {least / dense:.6f}: "
-                "keep more, learn longer (learned.stop, learned.steps), or give "
-                "learned.below_stop=allow"
-            )
+        plan = plan_of_learned(linears, curves, budget, name="learned", below_stop=self.below_stop)
         ranks = [each.rank for each in plan.assignments.values() if each.form != "dense"]
         if self.adapters and min(ranks, default=self.adapters + 1) <= self.adapters:
             raise InfeasibleError(
@@ -227,6 +225,47 @@ class Learned(Allocator):
                 f"adapter and one direction have {self.adapters + 1}: keep more"
             )
         return plan
+
+
+def check_stop(name: str, stop: float, below_stop: str, budget: Budget) -> None:
+    """Raise UsageError for a budget of values below the size that a learning ends at."""
+    if below_stop == "refuse" and budget.cost is VALUES and budget.kept < stop:
+        raise UsageError(
+            f"keep: {budget.kept} is below {stop}, where {name}.stop ends the learning; "
+            f"keep more, give a lower {name}.stop, or {name}.below_stop=allow"
+        )
+
+
+def plan_of_learned(
+    linears: Sequence[Linear],
+    curves: Mapping[str, Curve],
+    budget: Budget,
+    *,
+    name: str,
+    below_stop: str,
+) -> Plan:
+    """Return the plan that keeps the directions of the highest scores, if all open gates fit.
+
+    Args:
+        name: Allocation, for messages.
+        below_stop: "allow": whether they fit or not.
+
+    Raises:
+        InfeasibleError: As `Budget.total`; or the budget does not hold all open gates.
+        InputError: Scores of a linear are missing.
+    """
+    plan = plan_of_scores(linears, curves, budget)
+    if below_stop == "refuse" and extrapolates(linears, curves, plan, budget.ranks):
+        steps = [learned_steps(each, curves[each.name], budget.ranks) for each in linears]
+        open_steps = zip(linears, steps, strict=True)
+        least = sum(_open_cost(linear, each, budget.ranks) for linear, each in open_steps)
+        dense = sum(map(budget.cost.dense, linears))
+        raise InfeasibleError(
+            f"{budget.cost.field}: {budget.kept} closes gates that learning left open, and "
+            f"their order is not learned; the smallest learned size is {least / dense:.6f}: "
+            f"keep more, learn longer ({name}.stop), or give {name}.below_stop=allow"
+        )
+    return plan
 
 
 def plan_of_scores(linears: Sequence[Linear], curves: Mapping[str, Curve], budget: Budget) -> Plan:

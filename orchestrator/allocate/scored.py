@@ -12,6 +12,7 @@ from orchestrator.allocate.sparsity.choice import Choice
 from orchestrator.plan.allowed_ranks import AllowedRanks
 from orchestrator.plan.candidates import Candidates
 from orchestrator.plan.curve import Curve
+from orchestrator.plan.forms import Form
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Plan
 
@@ -166,7 +167,9 @@ class GateAllocator(Protocol):
     """Allocator with `Scoring.GATES`: it takes curves with learned scores; see `Learned`."""
 
     polarises: ClassVar[bool]
-    """True if gates are polarised (`Soco`), False if an L1 term closes them (`Learned`)."""
+    """True if gates are polarised (`Soco`), False if an L1 term or a threshold closes them."""
+    needs_nats: ClassVar[bool]
+    """True if the energies of directions must be in nats (`Method.nats`)."""
 
     @property
     def rate(self) -> float: ...
@@ -223,8 +226,23 @@ class GateAllocator(Protocol):
         """Return the budget whose gains a plan of this size takes; None: it has none."""
         ...
 
+    @property
+    def snapshot_gains(self) -> bool:
+        """True if the snapshots have gains, and a plan takes those of the nearest one."""
+        ...
+
     def decisive(self) -> dict[str, Any]:
         """Options that decide the scores."""
+        ...
+
+    def begin(
+        self, linears: Sequence[Linear], curves: Mapping[str, Curve], form: Form, tokens: int
+    ) -> "GateAllocator":
+        """Return the allocator with what its steps need of the curves; itself, if that is none.
+
+        Args:
+            tokens: Number of calibration tokens.
+        """
         ...
 
 

@@ -14,6 +14,7 @@ from orchestrator.allocate.learned import plan_of_scores
 from orchestrator.errors import UsageError
 from orchestrator.plan.cost import VALUES
 from orchestrator.plan.curve import Curve
+from orchestrator.plan.forms import Form
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Plan
 from orchestrator.recipe.options import check_choice, check_number, check_whole
@@ -73,6 +74,7 @@ class Soco(Allocator):
     use: ClassVar[str] = "To compare with. Its quality is not measured yet."
     scoring: ClassVar[Scoring] = Scoring.GATES
     polarises: ClassVar[bool] = True
+    needs_nats: ClassVar[bool] = False
     penalty_by: ClassVar[str] = "cost"
     tail: ClassVar[str] = "gate"
     adapters: ClassVar[int] = 0
@@ -169,6 +171,17 @@ class Soco(Allocator):
         """Return the nearest budget at or above a size, the target if there is none but it."""
         budgets = self.gain_budgets or (self.target,)
         return min((each for each in budgets if each >= kept), default=None)
+
+    @property
+    def snapshot_gains(self) -> bool:
+        """False: budgets have gains."""
+        return False
+
+    def begin(
+        self, linears: Sequence[Linear], curves: Mapping[str, Curve], form: Form, tokens: int
+    ) -> "Soco":
+        """Return itself: steps need no curve."""
+        return self
 
     def of_gains(self) -> "SocoGains":
         """Return the course of the gains of one budget."""

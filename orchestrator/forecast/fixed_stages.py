@@ -23,6 +23,8 @@ GATE_BYTES = 24
 """Bytes of a gate that is learned: score, two moments, step in which it closed, gate, gradient."""
 GATE_STATE_BYTES = 16
 """Bytes of a gate in a snapshot; the last one and the one that is being written exist."""
+PATH_GATE_BYTES, PATH_STATE_BYTES = 52, 20
+"""The same of a gate of a path: gain, its two means, gate, gradient; worth, and its curve."""
 ADAPTER_BYTES = 16
 """Bytes of a value of an adapter: itself, two moments, gradient."""
 ADAPTER_STATE_BYTES = 12
@@ -132,7 +134,7 @@ class LearnCost(StageCost):
     def shares(self) -> Mapping[str, Work]:
         """A sequence passes a block; the last shard has the head beside its blocks."""
         setting, costs = self.setting, self.setting.costs
-        forward = self._pass()
+        forward, (held, state) = self._pass(), self._gate_bytes
         blocks = -(-self._blocks // min(setting.workers, self._blocks))
         head = Work(single=costs.head().flops / blocks)
         return {
@@ -143,23 +145,26 @@ class LearnCost(StageCost):
             "backward": forward.times(2),
             "turn": forward.times(3) + head,
             "evaluate": forward + head.times(1 / 3),
-            "update": Work(read=GATE_BYTES * self._gates + ADAPTER_BYTES * self._adapter_values),
+            "update": Work(read=held * self._gates + ADAPTER_BYTES * self._adapter_values),
             "snapshot": Work(
-                write=GATE_STATE_BYTES * self._gates + ADAPTER_STATE_BYTES * self._adapter_values
+                write=state * self._gates + ADAPTER_STATE_BYTES * self._adapter_values
             ),
             "commit": Work(write=8 * self._gates + 4 * self._adapter_values),
         }
 
     def content(self, before: Parts) -> tuple[Parts, Parts]:
         """Targets of a divergence and two snapshots, then the scores, float32, and the orders,
-        int32, with the gains of polarised gates, and those of each budget."""
+        int32, with the gains of polarised gates, and those of each budget or snapshot."""
         gates, allocator = self._gates * self._blocks, self.setting.costs.allocator
         of_gates = 4 if getattr(allocator, "polarises", False) else 0
         of_budgets = 4 * len(getattr(allocator, "gain_budgets", ()))
+        if getattr(allocator, "snapshot_gains", False):
+            every, steps = getattr(allocator, "every", 1), getattr(allocator, "expected_steps", 0)
+            of_budgets += 4 * -(-steps // every)
         held = {**before, "targets": self._targets} if self._targets else before
         adapters = self._adapter_values * self._blocks
         after = {**held, "scores": (8 + of_gates + of_budgets) * gates + 4 * adapters}
-        peak = (8 + of_budgets + 2 * GATE_STATE_BYTES) * gates
+        peak = (8 + of_budgets + 2 * self._gate_bytes[1]) * gates
         peak += (4 + 2 * ADAPTER_STATE_BYTES) * adapters
         return {**held, "scores": peak}, after
 
@@ -213,6 +218,13 @@ class LearnCost(StageCost):
         return float(sum(self._adapters * linear.rank_cost for linear, _ in self._ranks))
 
     @property
+    def _gate_bytes(self) -> tuple[int, int]:
+        """Bytes of a gate on the device, and in a snapshot."""
+        if getattr(self.setting.costs.allocator, "needs_nats", False):
+            return PATH_GATE_BYTES, PATH_STATE_BYTES
+        return GATE_BYTES, GATE_STATE_BYTES
+
+    @property
     def _gates(self) -> float:
         """Gates of a block."""
         return float(sum(rank + (not self._is_full) for _, rank in self._ranks))
@@ -245,7 +257,7 @@ class LearnCost(StageCost):
                 "process": memory.PROCESS_BYTES,
                 "weights": blocks * shapes.block_values * size,
                 "factors": int(blocks * self._factor_values) * size,
-                "gates": int(GATE_BYTES * blocks * self._gates),
+                "gates": int(self._gate_bytes[0] * blocks * self._gates),
                 **({"adapters": adapters} if adapters else {}),
                 "embeddings or head": size * max(shapes.front_values, shapes.head_values),
                 "activations": memory.activation_bytes(shapes, tokens, size, 1)

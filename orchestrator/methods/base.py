@@ -62,6 +62,8 @@ class Method(Protocol):
     block_cosines: ClassVar[bool] = False
     """True if cosines of whole blocks are computed whatever the allocation is, which may be the
     allocation `grasp` of a later size."""
+    nats: ClassVar[bool] = False
+    """True if energies are in half a nat over all calibration tokens, to second order."""
     output_curvature: ClassVar[bool] = False
     """True if the curvature is that of the outputs, [O, O], also where O > I."""
 

@@ -45,7 +45,8 @@ class Lpaf(Method):
         "the density are ours, as is the course of its mixed training (`training.mixed`)."
     )
     use: ClassVar[str] = (
-        "To compare with, and to see in the report if pruned weights have a lower rank."
+        "To see in the report if pruned weights have a lower rank; it lost far more than "
+        "`svd-llm` in our results."
     )
     reconstruction: ClassVar[str] = (
         "Of arXiv 2306.14152 the abstract is known: scores, weights of rows and density are ours."

@@ -39,6 +39,7 @@ class TwoSided(Method):
         "As the first choice: `--preset fast` is this with `--storage pivoted --rank-multiple "
         "auto`. Gradients cost about three forward passes more."
     )
+    nats: ClassVar[bool] = True
     allocation: ClassVar[str] = "threshold"
 
     damping: float = 0.01

@@ -1,8 +1,11 @@
-"""Loss of truncating one linear, as a function of its rank."""
+"""Loss of truncating one linear, as a function of its rank.
+
+Indices: K directions of a linear, S = K + 1 steps of it, the last one its dense weight.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -49,3 +52,15 @@ class Curve:
         if energies.ndim != 1:
             raise InputError(f"curve: energies have {energies.ndim} dimensions, one is needed")
         return curve
+
+
+class PathCurve(NamedTuple):
+    """Losses of the gates of a linear by its curve."""
+
+    worth_S: np.ndarray
+    """Loss that a step takes away, on the lower convex hull, in nats a token and value; descending,
+    infinite for the first one, which is always kept. float64."""
+    energy_K: np.ndarray
+    """Loss of closing a direction alone, in nats a token, float64."""
+    loss_S: np.ndarray
+    """Loss of keeping no step, the first one, ..., all but the last, in nats a token, float64."""

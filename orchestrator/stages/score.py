@@ -25,7 +25,9 @@ def scoring_workers(decomposed: Decomposed, workers: WorkerGroup) -> WorkerGroup
     if allocator.scoring is not Scoring.GATES:
         return workers
     assert isinstance(allocator, GateAllocator)  # checked by `make_allocator`
-    return workers.reassigned(LearnWorker, Learning(decomposed, allocator).task)
+    return workers.reassigned(
+        LearnWorker, Learning(decomposed, allocator, dividing(decomposed, Scores())).task
+    )
 
 
 def score(decomposed: Decomposed, stage: RunningStage) -> Scores:
@@ -45,7 +47,7 @@ def score(decomposed: Decomposed, stage: RunningStage) -> Scores:
         return PlanSearch(decomposed, allocator, stage, dividing(decomposed, Scores())).search()
     if allocator.scoring is Scoring.GATES:
         assert isinstance(allocator, GateAllocator)
-        scores = Learning(decomposed, allocator).learn(stage)
+        scores = Learning(decomposed, allocator, dividing(decomposed, Scores())).learn(stage)
         if not allocator.gain_budgets:
             return scores
         return with_gains(decomposed, scores, dividing(decomposed, scores), stage)

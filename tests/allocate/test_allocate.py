@@ -32,6 +32,7 @@ from orchestrator.allocate.steps import spend, step_costs
 from orchestrator.allocate.strs import Strs
 from orchestrator.allocate.svd_llm_v2 import SvdLlmV2Allocator
 from orchestrator.allocate.threshold import Threshold
+from orchestrator.allocate.threshold_path import ThresholdPath
 from orchestrator.allocate.uniform import Uniform
 from orchestrator.errors import InfeasibleError, UsageError
 from orchestrator.plan.codecs import CODECS
@@ -88,6 +89,7 @@ CASES = {
     "search window": (SearchAllocator(space="window"), {GROWS, DENSE, TYPES, WHOLE}),
     # scores are exchanged with their curves
     "learned": (Learned(below_stop="allow"), {GROWS, DENSE, TYPES, WHOLE}),
+    "path": (ThresholdPath(below_stop="allow"), {GROWS, DENSE, TYPES, WHOLE}),
     "soco": (Soco(below_target="allow"), {GROWS, DENSE, TYPES, WHOLE}),
     # sensitivities are exchanged with their curves
     "strs": (Strs(grid="0.2 0.4 0.6 0.8 0.9"), {GROWS, DENSE, TYPES, WHOLE}),

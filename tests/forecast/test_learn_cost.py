@@ -5,6 +5,7 @@ from forecast_shapes import recipe, shapes_of
 from pipeline import run, write_llama, write_text
 
 from orchestrator.allocate.learned import Learned
+from orchestrator.allocate.threshold_path import ThresholdPath
 from orchestrator.api import plan
 from orchestrator.errors import UsageError
 from orchestrator.models.checkpoint.headers import read_json
@@ -81,3 +82,17 @@ def test_the_run_directory_has_the_scores_of_the_forecast(tmp_path):
     assert stored == 8 * gates - 4 * 14
     said = read_json(found.out / "config.json")
     assert said["num_hidden_layers"] == len(files) == 2
+
+
+def test_a_path_takes_a_fiftieth_of_the_learning(config):
+    """Sixty steps in place of three thousand, of the same passes; its gates hold their curves too,
+    and every snapshot has gains: 4 bytes a direction."""
+    path = config(NAME, dtype="bfloat16", tie_word_embeddings=False)
+    learned, followed = (forecast(path, allocation=each) for each in ("learned", "path"))
+    steps = ThresholdPath().expected_steps
+    ratio = Learned().expected_steps / steps
+    assert learning(learned).flops == pytest.approx(ratio * learning(followed).flops)
+    parts = [learning(each).device.parts for each in (followed, learned)]
+    assert parts[0]["gates"] == pytest.approx(52 / 24 * parts[1]["gates"], rel=1e-3)
+    assert parts[0]["factors"] == parts[1]["factors"]
+    assert steps == 60

@@ -88,6 +88,11 @@ _ALLOCATIONS: dict[str, dict[str, Any]] = {
         "allocation": "learned",
         "options": {"learned": {**_FEW_STEPS, "steps": 20, "every": 2}},
     },
+    "allocation-path": {
+        "method": "two-sided",
+        "allocation": "path",
+        "options": {"path": {"step": 0.05, "every": 2, "batch": 2}},
+    },
     "allocation-soco": {
         "method": "two-sided",
         "allocation": "soco",

@@ -83,7 +83,7 @@ def test_an_unknown_option_of_a_stage_is_refused(table):
 
 
 def test_allocators_declare_the_losses_that_they_need():
-    """Five allocators take losses of the model, or learned scores; that is no option of theirs."""
+    """Six allocators take losses of the model, or learned scores; that is no option of theirs."""
     needed = {name: each.scoring for name, each in ALLOCATORS.items()}
     scoring = {name: each for name, each in needed.items() if each is not Scoring.NONE}
     assert scoring == {
@@ -91,6 +91,7 @@ def test_allocators_declare_the_losses_that_they_need():
         "cap": Scoring.MASKS,
         "search": Scoring.PLANS,
         "learned": Scoring.GATES,
+        "path": Scoring.GATES,
         "soco": Scoring.GATES,
     }
     for each in ALLOCATORS.values():

@@ -1,18 +1,23 @@
 """Learning of the scores of directions, as a pipeline over the shards: the driver's part."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 from orchestrator.allocate.scored import GateAllocator
+from orchestrator.allocate.threshold_path import ThresholdPath, path_curve
 from orchestrator.models.training.gate_scores import num_directions
+from orchestrator.models.training.path_gates import PathSettings, PathTask
+from orchestrator.runtime.resume import reusable_units
 from orchestrator.stages.context.decompose import compression_task
 from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.stages.context.task import CompressionTask
-from orchestrator.stages.context.values import Decomposed, Scores
+from orchestrator.stages.context.values import Decomposed, Dividing, Scores
 from orchestrator.stages.context.worker.orders import read_scores
 from orchestrator.stages.learn.schedule import Counts, LearnPipeline
 from orchestrator.stages.learn.steps import LEARN_VERSION, GateSteps
-from orchestrator.stages.learn.worker import LearnSettings
+from orchestrator.stages.learn.worker import LearnSettings, snapshot_gains_key
 from orchestrator.store.units import unit_key
 
 
@@ -21,10 +26,14 @@ class Learning(GateSteps):
 
     The model is the dense one with gates. The keys of the units hold neither a size nor a plan, so
     any other size finds them.
+
+    Args:
+        dividing: With the curves of the decompositions.
     """
 
-    def __init__(self, job: Decomposed, allocator: GateAllocator) -> None:
+    def __init__(self, job: Decomposed, allocator: GateAllocator, dividing: Dividing) -> None:
         options = {"options": allocator.decisive(), "seed": job.randomness.seed}
+        self._dividing = dividing
         inputs = [job.pass_key, *job.block_keys.values()]
         self._gates = {
             each.name: count
@@ -47,8 +56,53 @@ class Learning(GateSteps):
             polarises=self._allocator.polarises,
             keys=self.keys,
             target_keys=self._target_keys,
+            path=self._path(),
         )
         return compression_task(self._job, pass_key=self._key, settings=settings)
+
+    @cached_property
+    def _followed(self) -> GateAllocator:
+        given = self._dividing
+        tokens = sum(tokens for tokens, _ in self._lengths)
+        return self._allocator.begin(given.linears, given.curves, self._job.form, tokens)
+
+    def _path(self) -> PathTask | None:
+        """Curves of the gates of a path, and its settings; None if there is no path."""
+        allocator, job = self._allocator, self._job
+        if not isinstance(allocator, ThresholdPath):
+            return None
+        lengths, curves = [tokens for tokens, _ in self._lengths], self._dividing.curves
+        learned = sum(lengths) - sum(lengths[each] for each in self._course.held_out)
+        sequences = len(lengths) - len(self._course.held_out)
+        settings = PathSettings(
+            gains=allocator.snapshot_gains,
+            prior=allocator.prior,
+            memory=allocator.memory,
+            tokens=learned,
+            step_tokens=learned / sequences * min(allocator.batch, sequences),
+        )
+        total = sum(lengths)
+        gated = [each for each in job.linears if each.name in self._gates]
+        named = {e.name: path_curve(e, curves[e.name], job.form, total) for e in gated}
+        return PathTask(named, settings)
+
+    def _gain_keys(self, done: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
+        """Keys of the gains that the size takes of a learning that is committed, by block: those of
+        the nearest snapshot, the larger one of two; none if that is the start."""
+        if not (self._allocator.snapshot_gains and done):
+            return {}
+        snapshots = next(iter(done.values()))["snapshots"]
+        wanted = self._job.budget.kept
+        step = min(snapshots, key=lambda each: abs(each["kept"] - wanted))["step"]
+        return {block: snapshot_gains_key(self._key, step, block) for block in self.keys if step}
+
+    def _has_gains(self, keys: Mapping[int, str], stage: RunningStage) -> bool:
+        """Test if the gains of a snapshot are whole."""
+        units, workers, monitor = self._job.run.units, stage.workers, stage.monitor
+        found = reusable_units(
+            units, keys, workers, monitor, stage="learning", called="gains of block {}"
+        )
+        return found.keys() == keys.keys()
 
     def learn(self, stage: RunningStage) -> Scores:
         """Learn the scores that no reusable unit has; gives all of them.
@@ -57,7 +111,8 @@ class Learning(GateSteps):
             InputError: A loss or a gradient is not finite.
         """
         job, done = self._job, self.committed(stage)
-        if done.keys() != self.keys.keys():
+        is_done = done.keys() == self.keys.keys()
+        if not is_done or not self._has_gains(self._gain_keys(done), stage):
             self.perform(stage, done)
         learned = {
             name: each
@@ -70,11 +125,14 @@ class Learning(GateSteps):
             facts |= {"adapters": self._allocator.adapters}
         if self._allocator.polarises:
             facts |= {"gains": has_gains}
+        gains = self._gain_keys(done)
+        if self._allocator.snapshot_gains:
+            facts |= {"gains": bool(gains)}
         return Scores(
             report={"learn": facts},
             learned=learned,
             orders=self.keys,
-            gains=self.keys if has_gains else {},
+            gains=self.keys if has_gains else gains,
         )
 
     def _kept(self, counts: Counts) -> float:

@@ -80,6 +80,17 @@ class GateSteps(ABC):
             )
         return plan_learning(self._allocator, sequences, self._job.randomness)
 
+    @property
+    def _followed(self) -> GateAllocator:
+        """Allocator whose course the steps follow."""
+        return self._allocator
+
+    @cached_property
+    def _lengths(self) -> list[tuple[int, int]]:
+        """Tokens of every sequence, and those of them that are predicted."""
+        mask = read_tokens(self._job.run, self._job.tokens_key).mask
+        return [(int(row.sum()), int((row[1:] & row[:-1]).sum())) for row in mask]
+
     @cached_property
     def _target_keys(self) -> tuple[str, ...]:
         return target_keys(self._job, self._course.options) if self._allocator.divergence else ()
@@ -101,8 +112,7 @@ class GateSteps(ABC):
     def _train(self, stage: RunningStage) -> dict[str, Any]:
         """Perform the steps after the last snapshot; gives the facts of the learning."""
         job, course, monitor = self._job, self._course, stage.monitor
-        mask = read_tokens(job.run, job.tokens_key).mask
-        lengths = [(int(row.sum()), int((row[1:] & row[:-1]).sum())) for row in mask]
+        lengths = self._lengths
         snapshots, sizes, counts = self._left(stage)
         if not snapshots:
             # the units that it describes are about to be overwritten
@@ -110,7 +120,7 @@ class GateSteps(ABC):
         pipeline = LearnPipeline(
             course,
             lengths,
-            self._allocator,
+            self._followed,
             self._kept,
             num_blocks=job.survey.num_blocks,
             group=job.grouping.size,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from safetensors.torch import load_file
@@ -23,6 +24,12 @@ from orchestrator.models.training.gate_scores import (
     with_tail,
 )
 from orchestrator.models.training.gated import GatedLowRankLinear
+from orchestrator.models.training.path_gates import (
+    PathGates,
+    PathTask,
+    path_gains,
+    path_scores,
+)
 from orchestrator.models.training.polarised import (
     DirectionGains,
     PolarisedGates,
@@ -53,7 +60,10 @@ from orchestrator.stages.context.worker.orders import (
     write_scores,
 )
 from orchestrator.stages.context.worker.stored import Decompositions
+from orchestrator.store.units import unit_key
 
+GAINS_VERSION = 1
+"""Raised when the content of such a unit changes."""
 MakeGates = Callable[[Linear, GatedLowRankLinear], LearnedGates]
 
 
@@ -72,8 +82,15 @@ class LearnSettings:
     """"gate" or "full"; see `allocate.learned.Learned`."""
     adapters: int = 0
     """Rank of the adapters; 0: none."""
+    path: PathTask | None = None
+    """Curves and settings of a path of thresholds; None: gates have other steps."""
     ranks: Mapping[str, int] | None = None
     """Ranks of the linears that a plan cuts, whose gains are learned; None: scores are."""
+
+
+def snapshot_gains_key(key: str, step: int, block: int) -> str:
+    """Return the key of the gains of a block at a snapshot of the learning of this key."""
+    return unit_key("gains at a snapshot", GAINS_VERSION, [key], step=step, block=block)
 
 
 class LearnWorker(Worker):
@@ -143,7 +160,13 @@ class LearnWorker(Worker):
         """Return the constructor of the gates of linears."""
         if self.settings.ranks is not None:
             return self._gains
+        if self.settings.path is not None:
+            return partial(self._on_path, self.settings.path)
         return self._polarised(linears) if self.settings.polarises else self._pulled(linears)
+
+    def _on_path(self, path: PathTask, linear: Linear, gated: GatedLowRankLinear) -> LearnedGates:
+        """Make the gates of a linear that thresholds close."""
+        return PathGates(gated, path.curves[linear.name], path.settings)
 
     def _gains(self, linear: Linear, gated: GatedLowRankLinear) -> LearnedGates:
         """Make the gains of a linear, which begin at its gates."""
@@ -207,6 +230,13 @@ class LearnWorker(Worker):
         """Commit the state of every block. Returns the counts of open gates by linear, or none of
         gains."""
         self.pipeline.snapshot(step)
+        path, training = self.settings.path, self.pipeline.work.training
+        if path is not None and path.settings.gains:
+            for block in training.blocks:
+                unit = self.run.units.begin(snapshot_gains_key(self.task.pass_key, step, block))
+                found = path_gains(training.state(block))
+                write_gains(unit, {name: each.numpy() for name, each in found.items()})
+                unit.commit(environment=self.environment(), facts={})
         counts = self.settings.ranks is None
         return {"counts": self.pipeline.work.training.counts() if counts else {}}
 
@@ -229,6 +259,8 @@ class LearnWorker(Worker):
         ended: dict[str, tuple[Tensor, ...]]
         if self.settings.polarises:
             ended = {name: scores_and_gains(each) for name, each in final_gates(state).items()}
+        elif self.settings.path is not None:
+            ended = {name: (each,) for name, each in path_scores(state).items()}
         else:
             ended = {name: (self._final(name, s),) for name, s in final_scores(state, step).items()}
         return {
