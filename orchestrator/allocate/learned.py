@@ -263,7 +263,8 @@ def plan_of_learned(
         raise InfeasibleError(
             f"{budget.cost.field}: {budget.kept} closes gates that learning left open, and "
             f"their order is not learned; the smallest learned size is {least / dense:.6f}: "
-            f"keep more, learn longer ({name}.stop), or give {name}.below_stop=allow"
+            f"keep more, learn further ({name}.stop, or more steps), or give "
+            f"{name}.below_stop=allow"
         )
     return plan
 

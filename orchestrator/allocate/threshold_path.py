@@ -62,8 +62,8 @@ class ThresholdPath(Allocator):
     """
 
     use: ClassVar[str] = (
-        "For many sizes from one run, and for less loss than `threshold` at any: some dozens of "
-        "steps, of which one size pays as many."
+        "For many sizes from one run, and for less loss than `threshold` at 0.8 and below; one "
+        "size alone takes as many steps."
     )
     scoring: ClassVar[Scoring] = Scoring.GATES
     polarises: ClassVar[bool] = False
