@@ -10,6 +10,7 @@ from typing import Any
 from orchestrator.allocate import ALLOCATORS, make_allocator
 from orchestrator.allocate.base import Allocator, Scoring
 from orchestrator.allocate.budget import Budget
+from orchestrator.allocate.scored import GateAllocator
 from orchestrator.errors import UsageError
 from orchestrator.methods import METHODS, make_method
 from orchestrator.methods.base import Method
@@ -271,16 +272,15 @@ def _check_held_out(recipe: Recipe, allocator: Allocator) -> None:
 def _check_gates(recipe: Recipe, method: Method, allocator: Allocator) -> None:
     """Raises UsageError for gates of directions that several linears share, or that are polarised
     at a size of another kind, or whose curves are in another unit than nats."""
-    if allocator.scoring is not Scoring.GATES:
+    if not isinstance(allocator, GateAllocator):
         return
     given = [name for name in POLARISED_SIZES if getattr(recipe, name) is not None]
-    if getattr(allocator, "needs_nats", False) and not method.nats:
+    if allocator.gates == "thresholds" and not method.nats:
         raise UsageError(
             f"allocation is {recipe.allocation!r}, which needs curves in nats, and those of "
             f"{method.name} are not; give method two-sided, or allocation learned"
         )
-    has_gains = any(getattr(allocator, each, False) for each in ("polarises", "snapshot_gains"))
-    if given and has_gains:
+    if given and (allocator.gates == "polarised" or allocator.snapshot_gains):
         raise UsageError(
             f"{given[0]} is {getattr(recipe, given[0])}, but {recipe.allocation} drives gates to a "
             "fraction of the values; give keep or keep_bytes"

@@ -10,14 +10,13 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
-from orchestrator.allocate.base import Allocator, Scoring
 from orchestrator.allocate.budget import Budget, make_plan
+from orchestrator.allocate.scored import GateAllocator, GateKind
 from orchestrator.allocate.steps import spend, step_costs
 from orchestrator.errors import InfeasibleError, InputError, UsageError
 from orchestrator.plan.allowed_ranks import AllowedRanks
 from orchestrator.plan.cost import VALUES
 from orchestrator.plan.curve import Curve
-from orchestrator.plan.forms import Form
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment, Plan
 from orchestrator.recipe.options import check_choice, check_number, check_whole
@@ -27,7 +26,7 @@ ENDING_PENALTY = 2e-5 * 1.01**750
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Learned(Allocator):
+class Learned(GateAllocator):
     """ACIP: directions in the order in which an L1 pull closes their gates; the last ones stay.
 
     Every direction of every linear has a gate that is open while its score s is above 0, and so has
@@ -82,9 +81,8 @@ class Learned(Allocator):
         "To compare with: thousands of steps, where `path` takes some dozens, and `threshold`, "
         "which lost less than a short schedule in our trial, takes none."
     )
-    scoring: ClassVar[Scoring] = Scoring.GATES
-    polarises: ClassVar[bool] = False
-    needs_nats: ClassVar[bool] = False
+    name: ClassVar[str] = "learned"
+    gates: ClassVar[GateKind] = "pulled"
     rate: float = 2.5e-3
     """Learning rate of Adam: a gate that is pulled down all the time closes in 1 / rate steps."""
     penalty: float = 2e-5
@@ -96,8 +94,6 @@ class Learned(Allocator):
     """Kept fraction of values at which the learning ends: the smallest size that is learned."""
     steps: int = 20_000
     """Largest number of steps."""
-    batch: int = 4
-    """Sequences of a step."""
     penalty_by: Literal["cost", "count"] = "cost"
     """Weight of a gate in the L1 term: by the values that it saves, or 1."""
     tail: Literal["gate", "full"] = "gate"
@@ -105,42 +101,27 @@ class Learned(Allocator):
     min(O, I) directions, which the paper has."""
     adapters: int = 0
     """Rank of the adapter of every linear, which is trained beside the gates; the paper has 32."""
-    cross_entropy: float = 1.0
-    """Weight of the cross-entropy of the text's next tokens, averaged over predictions."""
-    divergence: float = 0.0
-    """Weight of KL(dense || gated), averaged over tokens; it alone has no gradient at the start."""
-    every: int = 50
-    """Steps between snapshots, at which the size is compared with `stop`."""
-    held_out: float = 0.125
-    """Fraction of the sequences on which the loss at a snapshot is measured, for the report."""
     below_stop: Literal["refuse", "allow"] = "refuse"
     """Sizes below the smallest learned one: refused, or by the scores of open gates."""
 
     def __post_init__(self) -> None:
+        # slots=True makes the class anew, which super() does not see
+        GateAllocator.__post_init__(self)
         check_number("learned: rate", self.rate, 1e-6, 1)
         check_number("learned: penalty", self.penalty, 1e-12, 1e6)
         check_number("learned: growth", self.growth, 1, 10)
         check_whole("learned: growth_every", self.growth_every, 1, 1_000_000)
         check_number("learned: stop", self.stop, 1e-3, 1)
         check_whole("learned: steps", self.steps, 1, 1_000_000)
-        check_whole("learned: batch", self.batch, 1, 100_000)
         check_choice("learned: penalty_by", self.penalty_by, ("cost", "count"))
         check_whole("learned: adapters", self.adapters, 0, 100_000)
         check_choice("learned: tail", self.tail, ("gate", "full"))
-        check_number("learned: cross_entropy", self.cross_entropy, 0, 1e6)
-        check_number("learned: divergence", self.divergence, 0, 1e6)
-        check_whole("learned: every", self.every, 1, 100_000)
-        check_number("learned: held_out", self.held_out, 1e-6, 0.5)
         check_choice("learned: below_stop", self.below_stop, ("refuse", "allow"))
         if not self.cross_entropy:
             raise UsageError(
                 "learned: cross_entropy is 0, and a divergence from the dense model has no "
                 "gradient where all gates are open: they would close together; give more than 0"
             )
-
-    @property
-    def divides_costs(self) -> bool:
-        return True
 
     def decisive(self) -> dict[str, Any]:
         """Options that decide the scores."""
@@ -157,26 +138,6 @@ class Learned(Allocator):
         return kept <= self.stop
 
     @property
-    def gain_budgets(self) -> tuple[float, ...]:
-        """None: open gates are 1."""
-        return ()
-
-    def gain_budget(self, kept: float) -> float | None:
-        """Return None: open gates are 1."""
-        return None
-
-    @property
-    def snapshot_gains(self) -> bool:
-        """False: open gates are 1."""
-        return False
-
-    def begin(
-        self, linears: Sequence[Linear], curves: Mapping[str, Curve], form: Form, tokens: int
-    ) -> "Learned":
-        """Return itself: steps need no curve."""
-        return self
-
-    @property
     def expected_steps(self) -> int:
         """Steps until λ is what it is after 3,000 of the authors' schedule, which ends after 2,000
         to 4,000; an estimate."""
@@ -184,10 +145,6 @@ class Learned(Allocator):
             return self.steps
         grown = math.log(max(ENDING_PENALTY / self.penalty, 1)) / math.log(self.growth)
         return min(max(round(self.growth_every * grown), round(1 / self.rate)), self.steps)
-
-    def scoring_passes(self, num_linears: int) -> float:
-        """Return three passes for a sequence of a step: forward, forward again, and back."""
-        return 3.0 * self.expected_steps * self.batch
 
     def check_budget(self, linears: Sequence[Linear], budget: Budget) -> None:
         """Raise the errors of `Budget.total`, and UsageError for a size below `stop` or adapters

@@ -8,13 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
-from orchestrator.allocate.base import Allocator, Scoring
 from orchestrator.allocate.budget import Budget
 from orchestrator.allocate.learned import plan_of_scores
+from orchestrator.allocate.scored import GateAllocator, GateKind
 from orchestrator.errors import UsageError
 from orchestrator.plan.cost import VALUES
 from orchestrator.plan.curve import Curve
-from orchestrator.plan.forms import Form
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Plan
 from orchestrator.recipe.options import check_choice, check_number, check_whole
@@ -31,7 +30,7 @@ WITHIN = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Soco(Allocator):
+class Soco(GateAllocator):
     """SoCo, a reconstruction: gates from 0 to 2 that a loss drives to 0 or to 1 and above.
 
     Every direction of every linear has a gate, and so has its tail, all that the stored directions
@@ -72,12 +71,8 @@ class Soco(Allocator):
         "ours; the `deviation` term is unknown and missing."
     )
     use: ClassVar[str] = "To compare with. Its quality is not measured yet."
-    scoring: ClassVar[Scoring] = Scoring.GATES
-    polarises: ClassVar[bool] = True
-    needs_nats: ClassVar[bool] = False
-    penalty_by: ClassVar[str] = "cost"
-    tail: ClassVar[str] = "gate"
-    adapters: ClassVar[int] = 0
+    name: ClassVar[str] = "soco"
+    gates: ClassVar[GateKind] = "polarised"
     target: float = 0.6
     """Kept fraction of values that the gates are driven to: the smallest size, and the largest one
     with gains, unless `budgets` are given."""
@@ -93,31 +88,21 @@ class Soco(Allocator):
     more than a half while too much is kept."""
     steps: int = 2000
     """Number of steps."""
-    batch: int = 4
-    """Sequences of a step."""
     divergence: float = 1.0
     """Weight of KL(dense || gated), averaged over tokens."""
     cross_entropy: float = 0.0
     """Weight of the cross-entropy of the text's next tokens, averaged over predictions."""
-    every: int = 50
-    """Steps between snapshots."""
-    held_out: float = 0.125
-    """Fraction of the sequences on which the loss at a snapshot is measured, for the report."""
     below_target: Literal["refuse", "allow"] = "refuse"
     """Sizes below the target: refused, or by the gates that are open at the target."""
 
     def __post_init__(self) -> None:
+        GateAllocator.__post_init__(self)
         check_number("soco: target", self.target, 1e-3, 1)
         self._check_budgets()
         check_number("soco: rate", self.rate, 1e-6, 1)
         check_number("soco: size", self.size, 0, 1e6)
         check_number("soco: polarisation", self.polarisation, 0, 1e6)
         check_whole("soco: steps", self.steps, 1, 1_000_000)
-        check_whole("soco: batch", self.batch, 1, 100_000)
-        check_number("soco: divergence", self.divergence, 0, 1e6)
-        check_number("soco: cross_entropy", self.cross_entropy, 0, 1e6)
-        check_whole("soco: every", self.every, 1, 100_000)
-        check_number("soco: held_out", self.held_out, 1e-6, 0.5)
         check_choice("soco: below_target", self.below_target, ("refuse", "allow"))
         if not self.divergence and not self.cross_entropy:
             raise UsageError(
@@ -137,10 +122,6 @@ class Soco(Allocator):
             raise UsageError(f"soco: budgets is {self.budgets!r}; {text}")
         for each in found:
             check_number("soco: budgets", each, 1e-3, 1)
-
-    @property
-    def divides_costs(self) -> bool:
-        return True
 
     @property
     def gain_budgets(self) -> tuple[float, ...]:
@@ -171,17 +152,6 @@ class Soco(Allocator):
         """Return the nearest budget at or above a size, the target if there is none but it."""
         budgets = self.gain_budgets or (self.target,)
         return min((each for each in budgets if each >= kept), default=None)
-
-    @property
-    def snapshot_gains(self) -> bool:
-        """False: budgets have gains."""
-        return False
-
-    def begin(
-        self, linears: Sequence[Linear], curves: Mapping[str, Curve], form: Form, tokens: int
-    ) -> "Soco":
-        """Return itself: steps need no curve."""
-        return self
 
     def of_gains(self) -> "SocoGains":
         """Return the course of the gains of one budget."""
@@ -223,7 +193,7 @@ class Soco(Allocator):
 class SocoGains(Soco):
     """Course of gains under a plan: steps by the model's loss alone, without other terms."""
 
-    polarises: ClassVar[bool] = False
+    gates: ClassVar[GateKind] = "gains"
 
     def weights_at(self, step: int, kept: float) -> tuple[float, float]:
         """Return no weight of a size and of a polarisation."""

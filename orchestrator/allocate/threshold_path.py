@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from orchestrator.allocate.base import Allocator, Scoring
 from orchestrator.allocate.budget import Budget
 from orchestrator.allocate.learned import check_stop, plan_of_learned
+from orchestrator.allocate.scored import GateAllocator, GateKind
 from orchestrator.allocate.steps import step_costs
 from orchestrator.allocate.threshold import Threshold
 from orchestrator.plan.allowed_ranks import AllowedRanks
@@ -20,14 +20,14 @@ from orchestrator.plan.curve import Curve, PathCurve
 from orchestrator.plan.forms import Form
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Plan
-from orchestrator.recipe.options import check_choice, check_number, check_whole
+from orchestrator.recipe.options import check_choice, check_number
 
 LEAST = 0.5
 """Kept fraction of the last threshold, by the curves alone, over `stop`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ThresholdPath(Allocator):
+class ThresholdPath(GateAllocator):
     """The plans of one rising threshold, with the loss of the gated model to correct the curves.
 
     `threshold` closes step i of linear l where v_li, the loss that the curve says it takes away per
@@ -65,12 +65,8 @@ class ThresholdPath(Allocator):
         "For many sizes from one run, and for less loss than `threshold` at 0.8 and below; one "
         "size alone takes as many steps."
     )
-    scoring: ClassVar[Scoring] = Scoring.GATES
-    polarises: ClassVar[bool] = False
-    penalty_by: ClassVar[str] = "cost"
-    tail: ClassVar[str] = "gate"
-    adapters: ClassVar[int] = 0
-    needs_nats: ClassVar[bool] = True
+    name: ClassVar[str] = "path"
+    gates: ClassVar[GateKind] = "thresholds"
     stop: float = 0.4
     """Kept fraction of values at which the path ends: the smallest size."""
     step: float = 0.01
@@ -83,36 +79,21 @@ class ThresholdPath(Allocator):
     """Fraction of a Newton step by which gains move."""
     memory: float = 0.9
     """Weight of a step's gradients in κ, over that of the next step's."""
-    batch: int = 4
-    """Sequences of a step."""
-    cross_entropy: float = 1.0
-    """Weight of the cross-entropy of the text's next tokens, averaged over predictions."""
-    divergence: float = 0.0
-    """Weight of KL(dense || gated), averaged over tokens."""
     every: int = 4
     """Steps between snapshots, each of which has gains of its own."""
-    held_out: float = 0.125
-    """Fraction of the sequences on which the loss at a snapshot is measured, for the report."""
     below_stop: Literal["refuse", "allow"] = "refuse"
     """Sizes below the smallest of the path: refused, or by the corrected curves of its end."""
 
     def __post_init__(self) -> None:
+        GateAllocator.__post_init__(self)
         check_number("path: stop", self.stop, 1e-3, 1)
         check_number("path: step", self.step, 1e-5, 1)
         check_choice("path: gains", self.gains, ("yes", "no"))
         check_number("path: prior", self.prior, 1e-6, 10)
         check_number("path: rate", self.rate, 1e-6, 1)
         check_number("path: memory", self.memory, 0, 0.999999)
-        check_whole("path: batch", self.batch, 1, 100_000)
         check_number("path: cross_entropy", self.cross_entropy, 1e-6, 1e6)
-        check_number("path: divergence", self.divergence, 0, 1e6)
-        check_whole("path: every", self.every, 1, 100_000)
-        check_number("path: held_out", self.held_out, 1e-6, 0.5)
         check_choice("path: below_stop", self.below_stop, ("refuse", "allow"))
-
-    @property
-    def divides_costs(self) -> bool:
-        return True
 
     @property
     def steps(self) -> int:
@@ -154,15 +135,6 @@ class ThresholdPath(Allocator):
         return kept <= self.stop
 
     @property
-    def gain_budgets(self) -> tuple[float, ...]:
-        """None: snapshots have gains."""
-        return ()
-
-    def gain_budget(self, kept: float) -> float | None:
-        """Return None: open gates of the scores are no gains."""
-        return None
-
-    @property
     def snapshot_gains(self) -> bool:
         return self.gains == "yes"
 
@@ -170,10 +142,6 @@ class ThresholdPath(Allocator):
     def expected_steps(self) -> int:
         """Steps until the curves alone keep `stop`."""
         return max(math.ceil((1 - self.stop) / self.step), 1)
-
-    def scoring_passes(self, num_linears: int) -> float:
-        """Return three passes for a sequence of a step: forward, forward again, and back."""
-        return 3.0 * self.expected_steps * self.batch
 
     def check_budget(self, linears: Sequence[Linear], budget: Budget) -> None:
         """Raise the errors of `Budget.total`, and UsageError for a size below `stop`."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from orchestrator.allocate.base import Scoring
 from orchestrator.forecast.costs import Costs
 from orchestrator.forecast.fixed_stages import LearnCost
 from orchestrator.forecast.forecast import costs_of
@@ -37,9 +38,10 @@ def expected(found: Forecast, shapes: Shapes, recipe: Recipe, resources: Resourc
     work: dict[str, Mapping[str, Work]] = {
         "calibrate": _calibration(costs, found.blocks_a_shard),
         "score": _scoring(costs, found.blocks_a_shard),
-        "learn": LearnCost(setting).shares(),
         "write": {"write": costs.file()},
     }
+    if costs.allocator.scoring is Scoring.GATES:
+        work["learn"] = LearnCost(setting).shares()
     work |= {stage.name: stage.cost(setting).shares() for stage in resolved.stages}
     return Expected(
         units={

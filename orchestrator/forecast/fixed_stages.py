@@ -5,6 +5,7 @@ Calibration is forecast with the cut of the run (`forecast.forecast`); its memor
 
 from collections.abc import Mapping, Sequence
 
+from orchestrator.allocate.scored import GateAllocator
 from orchestrator.forecast import memory
 from orchestrator.forecast.costs import Costs
 from orchestrator.forecast.memory import Footprint
@@ -155,12 +156,11 @@ class LearnCost(StageCost):
     def content(self, before: Parts) -> tuple[Parts, Parts]:
         """Targets of a divergence and two snapshots, then the scores, float32, and the orders,
         int32, with the gains of polarised gates, and those of each budget or snapshot."""
-        gates, allocator = self._gates * self._blocks, self.setting.costs.allocator
-        of_gates = 4 if getattr(allocator, "polarises", False) else 0
-        of_budgets = 4 * len(getattr(allocator, "gain_budgets", ()))
-        if getattr(allocator, "snapshot_gains", False):
-            every, steps = getattr(allocator, "every", 1), getattr(allocator, "expected_steps", 0)
-            of_budgets += 4 * -(-steps // every)
+        gates, allocator = self._gates * self._blocks, self._allocator
+        of_gates = 4 if allocator.gates == "polarised" else 0
+        of_budgets = 4 * len(allocator.gain_budgets)
+        if allocator.snapshot_gains:
+            of_budgets += 4 * -(-allocator.expected_steps // allocator.every)
         held = {**before, "targets": self._targets} if self._targets else before
         adapters = self._adapter_values * self._blocks
         after = {**held, "scores": (8 + of_gates + of_budgets) * gates + 4 * adapters}
@@ -172,7 +172,7 @@ class LearnCost(StageCost):
     def _targets(self) -> float:
         """Bytes of the dense model's top-k for all sequences, if the loss has a divergence."""
         setting = self.setting
-        if not getattr(setting.costs.allocator, "divergence", 0):
+        if not self._allocator.divergence:
             return 0.0
         outcomes = min(TrainOptions().top_k, setting.shapes.vocabulary)
         return float(setting.sequences * setting.tokens * (8 * outcomes + 4))
@@ -194,9 +194,15 @@ class LearnCost(StageCost):
         return self.setting.costs.allocator.scoring_passes(len(self.setting.shapes.linears))
 
     @property
+    def _allocator(self) -> GateAllocator:
+        allocator = self.setting.costs.allocator
+        assert isinstance(allocator, GateAllocator)  # checked by `make_allocator`
+        return allocator
+
+    @property
     def _is_full(self) -> bool:
         """True if all directions have gates, in place of a tail."""
-        return getattr(self.setting.costs.allocator, "tail", "gate") == "full"
+        return self._allocator.tail == "full"
 
     @property
     def _ranks(self) -> list[tuple[Linear, int]]:
@@ -210,7 +216,7 @@ class LearnCost(StageCost):
     @property
     def _adapters(self) -> int:
         """Rank of the adapters."""
-        return int(getattr(self.setting.costs.allocator, "adapters", 0))
+        return self._allocator.adapters
 
     @property
     def _adapter_values(self) -> float:
@@ -220,7 +226,7 @@ class LearnCost(StageCost):
     @property
     def _gate_bytes(self) -> tuple[int, int]:
         """Bytes of a gate on the device, and in a snapshot."""
-        if getattr(self.setting.costs.allocator, "needs_nats", False):
+        if self._allocator.gates == "thresholds":
             return PATH_GATE_BYTES, PATH_STATE_BYTES
         return GATE_BYTES, GATE_STATE_BYTES
 

@@ -49,7 +49,7 @@ class GainLearning(GateSteps):
             options=self._course.options,
             penalty_by=self._allocator.penalty_by,
             randomness=self._job.randomness,
-            polarises=False,
+            gates="gains",
             keys=self.keys,
             target_keys=self._target_keys,
             ranks=self._ranks,

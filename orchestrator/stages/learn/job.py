@@ -53,7 +53,7 @@ class Learning(GateSteps):
             tail=self._allocator.tail,
             adapters=self._allocator.adapters,
             randomness=self._job.randomness,
-            polarises=self._allocator.polarises,
+            gates=self._allocator.gates,
             keys=self.keys,
             target_keys=self._target_keys,
             path=self._path(),
@@ -69,8 +69,9 @@ class Learning(GateSteps):
     def _path(self) -> PathTask | None:
         """Curves of the gates of a path, and its settings; None if there is no path."""
         allocator, job = self._allocator, self._job
-        if not isinstance(allocator, ThresholdPath):
+        if allocator.gates != "thresholds":
             return None
+        assert isinstance(allocator, ThresholdPath)
         lengths, curves = [tokens for tokens, _ in self._lengths], self._dividing.curves
         learned = sum(lengths) - sum(lengths[each] for each in self._course.held_out)
         sequences = len(lengths) - len(self._course.held_out)
@@ -123,7 +124,7 @@ class Learning(GateSteps):
         facts = dict(next(iter(done.values()), {}))
         if self._allocator.adapters:
             facts |= {"adapters": self._allocator.adapters}
-        if self._allocator.polarises:
+        if self._allocator.gates == "polarised":
             facts |= {"gains": has_gains}
         gains = self._gain_keys(done)
         if self._allocator.snapshot_gains:

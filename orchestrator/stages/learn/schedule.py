@@ -80,7 +80,11 @@ class LearnPipeline(Pipeline):
     def _update(self, step: int, norm: float) -> Command:
         """Command of a step; gradients are not clipped."""
         # exact, so that the order of the linears does not matter
-        kept = math.fsum(self._parts[step - 1].values()) if self._allocator.polarises else 1.0
+        kept = (
+            math.fsum(self._parts[step - 1].values())
+            if self._allocator.gates == "polarised"
+            else 1.0
+        )
         rate = self._course.rate(step - 1)
         return UpdateScores(step, rate, *self._allocator.weights_at(step, kept))
 

@@ -8,6 +8,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from orchestrator.allocate.scored import GateKind
 from orchestrator.linalg.extend import extend_directions
 from orchestrator.models.checkpoint.weights import fingerprint_of
 from orchestrator.models.shards.chunk import Chunk
@@ -74,7 +75,7 @@ class LearnSettings:
     options: TrainOptions
     penalty_by: str
     randomness: Randomness
-    polarises: bool
+    gates: GateKind
     keys: Mapping[int, str]
     """Keys of the units of scores, by block."""
     target_keys: tuple[str, ...]
@@ -158,11 +159,16 @@ class LearnWorker(Worker):
 
     def _maker(self, linears: list[Linear]) -> MakeGates:
         """Return the constructor of the gates of linears."""
-        if self.settings.ranks is not None:
-            return self._gains
-        if self.settings.path is not None:
-            return partial(self._on_path, self.settings.path)
-        return self._polarised(linears) if self.settings.polarises else self._pulled(linears)
+        match self.settings.gates:
+            case "gains":
+                return self._gains
+            case "thresholds":
+                assert self.settings.path is not None
+                return partial(self._on_path, self.settings.path)
+            case "polarised":
+                return self._polarised(linears)
+            case "pulled":
+                return self._pulled(linears)
 
     def _on_path(self, path: PathTask, linear: Linear, gated: GatedLowRankLinear) -> LearnedGates:
         """Make the gates of a linear that thresholds close."""
@@ -224,7 +230,7 @@ class LearnWorker(Worker):
         """Make one step of all gates of the shard. Returns the parts of the kept fraction."""
         training = self.pipeline.work.training
         training.update(step, rate, penalty, polarisation)
-        return {"sizes": training.sizes() if self.settings.polarises else {}}
+        return {"sizes": training.sizes() if self.settings.gates == "polarised" else {}}
 
     def snapshot(self, step: int) -> dict[str, Any]:
         """Commit the state of every block. Returns the counts of open gates by linear, or none of
@@ -257,7 +263,7 @@ class LearnWorker(Worker):
         """Return the scores of a block's linears after the last step, with gains if they are
         polarised."""
         ended: dict[str, tuple[Tensor, ...]]
-        if self.settings.polarises:
+        if self.settings.gates == "polarised":
             ended = {name: scores_and_gains(each) for name, each in final_gates(state).items()}
         elif self.settings.path is not None:
             ended = {name: (each,) for name, each in path_scores(state).items()}
