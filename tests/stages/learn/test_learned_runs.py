@@ -1,15 +1,14 @@
-"""Learned scores as a part of a run: any size from one, any workers, stopped and resumed."""
+"""Learned scores as a part of a run, and what cannot be learned."""
 
 import json
 
 import pytest
 import torch
-from pipeline import contents, run, with_tokenizer
-from pools import several
+from pipeline import run, with_tokenizer
 from safetensors.torch import load_file, save_file
 
 from orchestrator import load, retarget, verify
-from orchestrator.errors import InfeasibleError, InputError, StoppedError, UsageError
+from orchestrator.errors import InfeasibleError, InputError, UsageError
 
 FAST = {"rate": 0.25, "penalty": 0.002, "growth": 2.0, "growth_every": 1, "batch": 2}
 FAST |= {"steps": 30, "every": 2, "stop": 0.5}
@@ -26,73 +25,6 @@ def learned(model, out, text, *, options=None, **fields):
 def first(llama3, text, tmp_path_factory):
     """Run in one process and one shard."""
     return learned(llama3, tmp_path_factory.mktemp("first") / "out", text, shards=1)
-
-
-def test_gates_close_until_the_size_is_reached(first):
-    """The size never grows from snapshot to snapshot, and the last one alone is small enough."""
-    found = first.report["learn"]
-    sizes = [each["kept"] for each in found["snapshots"]]
-    assert sizes == sorted(sizes, reverse=True)
-    assert sizes[0] == 1
-    assert sizes[-1] == found["kept"] <= FAST["stop"] < sizes[-2]
-    assert found["stop"] == "size"
-    assert found["steps"] == 2 * (len(sizes) - 1) < 30
-    assert 0 < found["open"] < found["gates"]
-    assert not found["extrapolated"]
-
-
-def test_another_size_needs_no_text_and_no_learning(first, llama3, text, tmp_path):
-    """The bytes of a run of that size; no unit is made but the files, and ranks are no larger."""
-    events = []
-    cut = retarget(
-        first.run_dir, tmp_path / "cut", keep=0.55, executor="local", on_event=events.append
-    )
-    made = {e["stage"] for e in events if e["event"] == "unit"}
-    assert made == {"verify", "write"}
-    assert contents(cut.out) == contents(learned(llama3, tmp_path / "alone", text, keep=0.55).out)
-    for name, larger in first.plan.assignments.items():
-        smaller = cut.plan.assignments[name]
-        assert larger.form == "dense" or 0 < smaller.rank <= larger.rank
-
-
-@pytest.mark.parametrize(
-    "pool", [{"size": 3}, {"size": 3, "losses": (9, 20, 21, 40), "replaces": False}]
-)
-def test_workers_and_losses_change_no_bit(pool, first, llama3, text, tmp_path, monkeypatch):
-    """Three workers, and workers that are lost one after the other."""
-    several(monkeypatch, **pool)
-    events = []
-    found = learned(llama3, tmp_path / "out", text, shards=2, on_event=events.append)
-    assert sum(e["event"] == "lost" for e in events) >= len(pool.get("losses", ())) - 1
-    assert contents(found.out) == contents(first.out)
-
-
-def test_a_stopped_learning_goes_on_from_its_snapshot(first, llama3, text, tmp_path):
-    """Only the steps after it are repeated, and the bits are those of a run that was not stopped;
-    no state is left at the end."""
-    begun = []
-
-    def stop_at(last):
-        steps = []
-
-        def on_event(event):
-            if event["event"] == "unit" and event["stage"] == "learn":
-                steps.append(event["done"])
-                if len(steps) == 1:
-                    begun.append(event["done"])
-                if event["done"] == last:
-                    raise StoppedError("enough")
-
-        return on_event
-
-    for last in (1, 3, None):
-        try:
-            learned(llama3, tmp_path / "out", text, on_event=stop_at(last))
-        except StoppedError:
-            assert last is not None
-    assert begun == [1, 1, 3]
-    assert contents(tmp_path / "out") == contents(first.out)
-    assert not list((tmp_path / "out.run").rglob("state.safetensors"))
 
 
 @pytest.mark.parametrize("case", ["svd-llm pivoted", "two-sided pivoted"])

@@ -1,13 +1,12 @@
-"""The path of thresholds as a part of a run: any size from one, with the gains of its snapshot."""
+"""The path of thresholds as a part of a run, and the gains of a snapshot."""
 
 import pytest
 import torch
 from pipeline import contents, run
-from pools import several
 from safetensors.torch import load_file
 
 from orchestrator import load, retarget, verify
-from orchestrator.errors import StoppedError, UsageError
+from orchestrator.errors import UsageError
 
 FAST = {"stop": 0.5, "step": 0.02, "batch": 2, "every": 2}
 TOKENS = torch.arange(2, 34)[None] * 5 % 96
@@ -25,33 +24,6 @@ def first(llama3, text, tmp_path_factory):
     return followed(llama3, tmp_path_factory.mktemp("first") / "out", text, shards=1)
 
 
-def test_thresholds_close_gates_until_the_size_is_reached(first):
-    """The size never grows from snapshot to snapshot, and the last one alone is small enough."""
-    found = first.report["learn"]
-    sizes = [each["kept"] for each in found["snapshots"]]
-    assert sizes == sorted(sizes, reverse=True)
-    assert sizes[0] == 1
-    assert sizes[-1] == found["kept"] <= FAST["stop"] < sizes[-2]
-    assert found["stop"] == "size"
-    assert 0 < found["open"] < found["gates"]
-    assert found["gains"], sizes
-    assert not found["extrapolated"]
-
-
-def test_another_size_needs_no_text_and_no_learning(first, llama3, text, tmp_path):
-    """The bytes of a run of that size, which has gains of its own; ranks are no larger."""
-    events = []
-    cut = retarget(
-        first.run_dir, tmp_path / "cut", keep=0.55, executor="local", on_event=events.append
-    )
-    made = {e["stage"] for e in events if e["event"] == "unit"}
-    assert made == {"verify", "write"}
-    assert contents(cut.out) == contents(followed(llama3, tmp_path / "alone", text, keep=0.55).out)
-    for name, larger in first.plan.assignments.items():
-        smaller = cut.plan.assignments[name]
-        assert larger.form == "dense" or 0 < smaller.rank <= larger.rank
-
-
 def test_a_size_has_the_gains_of_its_snapshot(first, llama3, text, tmp_path):
     """Without gains the plan of the same scores cuts the decompositions; with them each direction
     of its left factors is a multiple of those, by another factor at another snapshot."""
@@ -65,38 +37,6 @@ def test_a_size_has_the_gains_of_its_snapshot(first, llama3, text, tmp_path):
     torch.testing.assert_close(scaled, left * gains, rtol=0, atol=0.01 * float(left.abs().max()))
     assert (gains - 1).abs().max() > 0.001
     assert "gains" not in plain.report["learn"]
-
-
-@pytest.mark.parametrize(
-    "pool", [{"size": 3}, {"size": 3, "losses": (9, 20, 21, 40), "replaces": False}]
-)
-def test_workers_and_losses_change_no_bit(pool, first, llama3, text, tmp_path, monkeypatch):
-    """Three workers, and workers that are lost one after the other."""
-    several(monkeypatch, **pool)
-    events = []
-    found = followed(llama3, tmp_path / "out", text, shards=2, on_event=events.append)
-    assert sum(e["event"] == "lost" for e in events) >= len(pool.get("losses", ())) - 1
-    assert contents(found.out) == contents(first.out)
-
-
-def test_a_stopped_path_goes_on_from_its_snapshot(first, llama3, text, tmp_path):
-    """The bits are those of a run that was not stopped, and no state is left at the end."""
-
-    def stop_at(last):
-        def on_event(event):
-            is_step = event["event"] == "unit" and event["stage"] == "learn"
-            if is_step and event["done"] == last:
-                raise StoppedError("enough")
-
-        return on_event
-
-    for last in (3, None):
-        try:
-            followed(llama3, tmp_path / "out", text, on_event=stop_at(last))
-        except StoppedError:
-            assert last is not None
-    assert contents(tmp_path / "out") == contents(first.out)
-    assert not list((tmp_path / "out.run").rglob("state.safetensors"))
 
 
 def test_lost_gains_are_learned_again(first, llama3, text, tmp_path):

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from pipeline import contents, run
-from pools import several
+from pipeline import run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from orchestrator import load, retarget, verify
+from orchestrator import load, verify
 from orchestrator.errors import UsageError
 from orchestrator.linalg.extend import extend_directions
 from orchestrator.models.training.adapted import SCALE, Adapter
@@ -78,27 +77,6 @@ def test_the_written_model_is_the_gated_one(first, llama3):
         written = load(first.out)(input_ids=TOKENS).logits
     torch.testing.assert_close(gated_logits(first, llama3), written, rtol=0, atol=2e-5)
     assert verify(first.out, against=llama3, linears=20)["problems"] == []
-
-
-def test_another_size_is_a_part_and_needs_no_learning(first, llama3, text, tmp_path):
-    """The bytes of a run of that size, whose ranks are no larger."""
-    events = []
-    cut = retarget(
-        first.run_dir, tmp_path / "cut", keep=0.55, executor="local", on_event=events.append
-    )
-    assert {e["stage"] for e in events if e["event"] == "unit"} == {"verify", "write"}
-    alone = learned(llama3, tmp_path / "alone", text, keep=0.55)
-    assert contents(cut.out) == contents(alone.out)
-    for name, larger in first.plan.assignments.items():
-        smaller = cut.plan.assignments[name]
-        assert larger.form == "dense" or 0 < smaller.rank <= larger.rank
-
-
-def test_workers_and_losses_change_no_bit(first, llama3, text, tmp_path, monkeypatch):
-    """Three workers, of which some are lost."""
-    several(monkeypatch, size=3, losses=(9, 20, 40), replaces=False)
-    found = learned(llama3, tmp_path / "out", text, shards=2)
-    assert contents(found.out) == contents(first.out)
 
 
 def test_pivoted_adapters_are_sound(llama2, text, tmp_path):

@@ -1,9 +1,8 @@
-"""Runs with gains of their own for several budgets: other sizes, workers and losses."""
+"""Runs with gains of their own for several budgets."""
 
 import pytest
 import torch
-from pipeline import contents, run
-from pools import several
+from pipeline import run
 from safetensors.torch import load_file
 
 from orchestrator import retarget
@@ -57,18 +56,6 @@ def test_each_budget_has_gains_of_its_own(first):
     assert sum(of_budgets) == small["gains"] + large["gains"]
 
 
-def test_a_size_between_budgets_needs_no_text_and_has_the_bytes_of_a_run_of_it(
-    first, llama3, text, tmp_path, monkeypatch
-):
-    """Three workers of that run are lost one after the other."""
-    found, made = cut(first, tmp_path / "cut", 0.6)
-    assert made == {"verify", "write"}
-    assert found.report["learn"]["gains_of"] == 0.7
-    several(monkeypatch, size=3, losses=(9, 20, 40, 70), replaces=False)
-    alone = polarised(llama3, tmp_path / "alone", text, keep=0.6, shards=2)
-    assert contents(alone.out) == contents(found.out)
-
-
 def test_left_factors_are_multiplied_by_the_gains_of_the_budget(first, tmp_path):
     """Factors of the decomposition, which sizes above all budgets store, times the gains of the
     unit whose directions are those of the plan of the nearest budget."""
@@ -76,6 +63,7 @@ def test_left_factors_are_multiplied_by_the_gains_of_the_budget(first, tmp_path)
     assert not plain.report["learn"]["gains"]
     at_budget, _ = cut(first, tmp_path / "budget", 0.7)
     between, _ = cut(first, tmp_path / "between", 0.6)
+    assert between.report["learn"]["gains_of"] == 0.7
     units, seen = arrays_of(first.run_dir), 0
     stored_plain, stored_between = lefts(plain), lefts(between)
     for name in stored_plain.keys() & stored_between.keys():

@@ -1,9 +1,8 @@
-"""Runs whose gates are polarised at one size: gains, other sizes, workers and losses."""
+"""Runs whose gates are polarised at one size, and their gains."""
 
 import pytest
 import torch
-from pipeline import contents, run
-from pools import several
+from pipeline import run
 from safetensors.torch import load_file
 
 from orchestrator import load, retarget, verify
@@ -70,13 +69,6 @@ def test_gains_are_in_the_left_factors_at_the_target_and_not_above(first, tmp_pa
             seen += 1
     assert seen > 2
     assert bool(load(first.out)(input_ids=TOKENS).logits.isfinite().all())
-
-
-def test_workers_and_losses_change_no_bit(first, llama3, text, tmp_path, monkeypatch):
-    """Three workers that are lost one after the other: the size is a sum over all of them."""
-    several(monkeypatch, size=3, losses=(9, 20, 40), replaces=False)
-    found = polarised(llama3, tmp_path / "out", text, shards=2)
-    assert contents(found.out) == contents(first.out)
 
 
 def test_pivoted_factors_have_gains_too(llama2, text, tmp_path):
