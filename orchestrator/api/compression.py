@@ -67,7 +67,7 @@ def retarget(
 
     Args:
         given: A size, such as `keep` or `keep_flops`, and any other field of the recipe to change;
-            results that depend on it are computed again.
+            results that depend on it are computed again. `options` change those that they name.
 
     Raises:
         InputError: The directory has no run, or the run stopped before it read its text.

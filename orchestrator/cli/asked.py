@@ -23,14 +23,25 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
         if isinstance(given.get(name), tuple):
             raise UsageError(f"{options.command} takes one {name}, not several")
     written = read_recipe_fields(options.recipe) if "recipe" in options else {}
-    for text in vars(options).get("option", ()):
-        name, option, value = parse_option(text)
-        table = written.get(name, {})
-        if name in FIELDS or not isinstance(table, dict):
-            raise UsageError(f"option {text}: {name} is a field of the recipe, not a table")
-        written[name] = {**table, option: value}
+    written = with_options(options, written)
     preset = {"preset": options.preset} if "preset" in options else {}
     return make_recipe({**override(written, given), **preset})
+
+
+def with_options(options: argparse.Namespace, tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tables with the values of `--option`.
+
+    Raises:
+        UsageError: An option is not NAME.OPTION=VALUE, or its name is that of a field.
+    """
+    found = dict(tables)
+    for text in vars(options).get("option", ()):
+        name, option, value = parse_option(text)
+        table = found.get(name, {})
+        if name in FIELDS or not isinstance(table, dict):
+            raise UsageError(f"option {text}: {name} is a field of the recipe, not a table")
+        found[name] = {**table, option: value}
+    return found
 
 
 def sizes_of(options: argparse.Namespace) -> tuple[float, ...]:

@@ -60,6 +60,10 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
         help="named recipe; other flags take precedence. fast: the best closed form; best: "
         "the same, then trained",
     )
+    add_option(parser)
+
+
+def add_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--option",
         action="append",

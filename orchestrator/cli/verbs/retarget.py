@@ -3,12 +3,13 @@
 import argparse
 from typing import Any
 
-from orchestrator.cli.asked import followed, sizes_of
+from orchestrator.cli.asked import followed, sizes_of, with_options
 from orchestrator.cli.flags import (
     EXECUTION_FIELDS,
     FIELDS,
     add_field,
     add_json,
+    add_option,
     add_progress,
     add_tracking,
     add_verb,
@@ -27,8 +28,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("run", metavar="RUN", help="run directory of a compression")
     parser.add_argument("out", metavar="OUT", help="directory of the result")
-    for name in (*SIZE_FIELDS, "latency_table", "rank_multiple", "max_shard_size"):
+    for name in (*SIZE_FIELDS, "latency_table", "rank_multiple", "max_shard_size", "allocation"):
         add_field(parser, FIELDS[name])
+    add_option(parser)
     for field in EXECUTION_FIELDS.values():
         if field.name != "run_dir" and not about(field).decides_bits:
             add_field(parser, field)
@@ -42,6 +44,8 @@ def run(options: argparse.Namespace) -> None:
 
     sizes = sizes_of(options)
     given = {name: value for name, value in vars(options).items() if name in {*FIELDS} - {"out"}}
+    if "option" in options:
+        given["options"] = with_options(options, {})
     settings = {"run": options.run, "out": options.out, **given}
     with stoppable(), followed(options, options.run, settings) as trackers:
         given["on_event"] = trackers.on_event

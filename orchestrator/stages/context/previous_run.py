@@ -13,6 +13,7 @@ from orchestrator.errors import InputError
 from orchestrator.recipe.field import about, described
 from orchestrator.recipe.recipe import SCHEDULE, Recipe, make_recipe
 from orchestrator.recipe.recipe_file import override
+from orchestrator.recipe.values import check_options
 from orchestrator.store.places import Place, parse_place
 from orchestrator.store.run import RunDirectory
 
@@ -40,7 +41,8 @@ def asked_before(run_dir: str, out: str, **given: Any) -> tuple[Recipe, Previous
     decides bits, stays.
 
     Args:
-        given: Fields of the recipe; a size, such as `keep`, replaces that of the run.
+        given: Fields of the recipe; a size, such as `keep`, replaces that of the run, and `options`
+            only the options that they name.
 
     Raises:
         InputError: The directory has no run, the run has not read its text, or its units are
@@ -69,8 +71,14 @@ def asked_before(run_dir: str, out: str, **given: Any) -> tuple[Recipe, Previous
     kept = {
         name: value for name, value in written.items() if value is not None and name not in dropped
     }
-    recipe = make_recipe({**override(kept, given), "out": out, "run_dir": run_dir})
-    inherited = () if "options" in given else tuple(recipe.options)
+    tables = given.pop("options", None) or {}
+    check_options(tables)
+    options = dict(kept.pop("options", {}))
+    inherited = tuple(name for name in options if name not in tables)
+    for name, table in tables.items():
+        options[name] = {**options.get(name, {}), **table}
+    fields = {**override(kept, given), "options": options, "out": out, "run_dir": run_dir}
+    recipe = make_recipe(fields)
     return recipe, PreviousRun(
         parse_place(str(model)), str(base_model), str(key), tokens["facts"], inherited
     )

@@ -1,12 +1,16 @@
 """The path of thresholds as a part of a run, and the gains of a snapshot."""
 
+import json
+
 import pytest
 import torch
 from pipeline import contents, run
 from safetensors.torch import load_file
 
 from orchestrator import load, retarget, verify
+from orchestrator.cli.main import main
 from orchestrator.errors import UsageError
+from orchestrator.plan.result import REPORT_FILE
 
 FAST = {"stop": 0.5, "step": 0.02, "batch": 2, "every": 2}
 TOKENS = torch.arange(2, 34)[None] * 5 % 96
@@ -68,10 +72,10 @@ def test_sizes_and_methods_that_are_refused(first, llama3, text, tmp_path):
         followed(llama3, tmp_path / "flops", text, keep=None, keep_flops=0.8)
 
 
-def test_a_size_below_the_path_may_be_extrapolated(first, llama3, text, tmp_path):
-    """By the corrected curves of its end, if that is asked for."""
-    options = {"below_stop": "allow"}
-    found = followed(
-        llama3, tmp_path / "out", text, options=options, keep=0.4, run_dir=first.run_dir
-    )
-    assert found.report["learn"]["extrapolated"]
+def test_a_size_below_the_path_may_be_extrapolated(first, tmp_path):
+    """By the corrected curves of its end, if that is asked for; other options are the run's."""
+    command = ["retarget", str(first.run_dir), str(tmp_path / "out"), "--keep", "0.4"]
+    assert main([*command, "--executor", "local", "--option", "path.below_stop=allow"]) == 0
+    report = json.loads((tmp_path / "out" / REPORT_FILE).read_text())
+    assert report["learn"]["extrapolated"]
+    assert report["recipe"]["options"] == {"path": FAST | {"below_stop": "allow"}}
