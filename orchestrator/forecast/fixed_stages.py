@@ -115,15 +115,19 @@ class LearnCost(StageCost):
 
     A sequence of a step passes forward twice and back to the inputs once, with two products, of the
     weight and of the factors, each time, or with those of the factors of all directions if all have
-    gates (their decomposition is not counted); there are no gradients of weights. The number of
-    steps is an estimate, see `Allocator.scoring_passes`, which counts products of weights alone.
+    gates (their decomposition is not counted); there are no gradients of weights. A divergence
+    takes one forward pass of the dense model for each sequence of the text. The number of steps is
+    an estimate, see `Allocator.scoring_passes`, which counts products of weights alone.
     """
 
     def forecast(self, held: Footprint) -> StageForecast:
         setting, workers = self.setting, self.setting.workers
         step = self._pass().times(3.0 * self._blocks) + setting.costs.head()
         work = step.times(self._passes / 3)
-        micro = max(getattr(setting.costs.allocator, "batch", 1), 1)
+        if self._allocator.divergence:
+            dense = setting.costs.forward(self._blocks) + setting.costs.head().times(1 / 3)
+            work += dense.times(setting.sequences)
+        micro = self._allocator.batch
         filling = (micro + workers - 1) / micro
         return StageForecast(
             name=LEARN,

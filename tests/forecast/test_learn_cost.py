@@ -62,6 +62,18 @@ def test_gates_of_all_directions_have_factors_in_the_place_of_weights(config):
     assert full.device.parts["factors"] == pytest.approx(2 * (targeted + squares) / 8, rel=1e-3)
 
 
+def test_targets_of_a_divergence_take_a_pass_of_the_text(config):
+    """Two operations a value and token of the dense model, its head included."""
+    shapes = shapes_of(NAME)
+    path = config(NAME, dtype="bfloat16", tie_word_embeddings=False)
+    plain, with_targets = (
+        learning(forecast(path, options={"learned": {"divergence": each}})).flops for each in (0, 1)
+    )
+    values = sum(each.values for each in shapes.linears) + shapes.head_values
+    attention = 1.1
+    assert 1 <= (with_targets - plain) / (2 * values * 512 * TOKENS) < attention
+
+
 def test_a_size_that_will_not_be_learned_is_refused(config):
     """By the forecast too."""
     path = config(NAME, dtype="bfloat16", tie_word_embeddings=False)
