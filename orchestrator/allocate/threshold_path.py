@@ -62,8 +62,8 @@ class ThresholdPath(GateAllocator):
     """
 
     use: ClassVar[str] = (
-        "For many sizes from one run, and for less loss than `threshold` at 0.8 and below; one "
-        "size alone takes as many steps."
+        "For many sizes from one run, and for less loss than `threshold` at each; one size alone "
+        "takes as many steps."
     )
     name: ClassVar[str] = "path"
     gates: ClassVar[GateKind] = "thresholds"
@@ -73,9 +73,9 @@ class ThresholdPath(GateAllocator):
     """Kept fraction by which the plans of two steps differ, by the curves alone."""
     gains: Literal["yes", "no"] = "yes"
     """Gains of the kept directions, or none."""
-    prior: float = 0.05
+    prior: float = 0.1
     """Standard deviation of the gains before the text is seen."""
-    rate: float = 0.1
+    rate: float = 0.3
     """Fraction of a Newton step by which gains move."""
     memory: float = 0.9
     """Weight of a step's gradients in κ, over that of the next step's."""
