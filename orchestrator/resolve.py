@@ -66,12 +66,12 @@ def scoring_stage(allocator: Allocator) -> str:
     return LEARN if allocator.scoring is Scoring.GATES else SCORE
 
 
-def resolve(asked: Recipe, *, inherited: Collection[str] = ()) -> ResolvedRecipe:
+def resolve(asked: Recipe, *, inherited: Collection[tuple[str, str]] = ()) -> ResolvedRecipe:
     """Resolve the names in a recipe; no file is read but its table of times.
 
     Args:
-        inherited: Tables of options that were not given for this recipe, but come from an earlier
-            one; options in them that have no effect are left out.
+        inherited: Tables and names of options that were not given for this recipe, but come from an
+            earlier one; those that have no effect are left out.
 
     Raises:
         UsageError: A name or an option does not exist, has no effect or has a value that is not
@@ -80,7 +80,11 @@ def resolve(asked: Recipe, *, inherited: Collection[str] = ()) -> ResolvedRecipe
     """
     resolved = _resolve(asked)
     unused = _unused(resolved)
-    refused = {table: options for table, options in unused.items() if table not in inherited}
+    refused = {
+        table: given
+        for table, options in unused.items()
+        if (given := [each for each in options if (table, each) not in inherited])
+    }
     if refused:
         raise UsageError(_without_effect(resolved, refused))
     return replace(resolved, recipe=without_options(resolved.recipe, unused))

@@ -41,7 +41,11 @@ def ask(recipe: Recipe, resolved: ResolvedRecipe, previous: PreviousRun | None =
     about = {"out": str(out), "model": str(model), "base_model": base_model}
     return Asked(
         recipe=resolved.recipe,
-        description={"recipe": asdict(recipe), **about},
+        description={
+            "recipe": asdict(recipe),
+            "compressed": asdict(recipe) if previous is None else previous.recipe,
+            **about,
+        },
         method=resolved.method,
         allocator=resolved.allocator,
         budget=resolved.budget,

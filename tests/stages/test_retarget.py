@@ -127,6 +127,7 @@ def test_options_of_an_earlier_version_are_no_obstacle(llama2, text, tmp_path):
     run(llama2, tmp_path / "out", text, keep=0.8)
     marker = tmp_path / "out.run" / "run.json"
     said = json.loads(marker.read_text())
+    del said["compressed"]
     said["recipe"]["options"] = {"mgaa": {"t": 0.5}, "training": {"epochs": 3}}
     marker.write_text(json.dumps(said))
     with pytest.raises(UsageError, match=r"option mgaa\.t has no effect"):
@@ -139,6 +140,22 @@ def test_options_of_an_earlier_version_are_no_obstacle(llama2, text, tmp_path):
         )
     cut = retarget(tmp_path / "out.run", tmp_path / "cut", keep=0.6, executor="local")
     assert cut.report["recipe"]["options"] == {}
+
+
+def test_a_size_changes_the_recipe_of_no_later_one(llama2, text, tmp_path):
+    """Neither its allocation nor its options; those that are not named stay as they are, and are
+    left out where they have no effect."""
+    options = {"grasp": {"blocks": 2, "importance": "gradient"}}
+    first = run(llama2, tmp_path / "out", text, method="grasp", keep=0.8, options=options)
+    changed = {"allocation": "threshold", "options": {"grasp": {"importance": "taylor"}}}
+    local = {"keep": 0.8, "executor": "local"}
+    cut = retarget(first.run_dir, tmp_path / "cut", **local, **changed)
+    recipe = cut.report["recipe"]
+    assert recipe["allocation"] == "threshold"
+    assert recipe["options"] == {"grasp": {"importance": "taylor"}}
+    again = retarget(first.run_dir, tmp_path / "again", **local)
+    assert again.report["recipe"]["options"] == options
+    assert contents(again.out) == contents(first.out)
 
 
 @pytest.mark.parametrize("damage", ["tokens", "marker"])

@@ -24,12 +24,18 @@ def add_parser(commands: Any) -> None:
     parser = add_verb(
         commands,
         "retarget",
-        "make another size from the stored results of a run, without calibration or SVD",
+        "make another size from the stored results of a run, without calibration or SVD unless an "
+        "option of the method changes them",
     )
     parser.add_argument("run", metavar="RUN", help="run directory of a compression")
     parser.add_argument("out", metavar="OUT", help="directory of the result")
-    for name in (*SIZE_FIELDS, "latency_table", "rank_multiple", "max_shard_size", "allocation"):
+    for name in (*SIZE_FIELDS, "latency_table", "rank_multiple", "max_shard_size"):
         add_field(parser, FIELDS[name])
+    parser.add_argument(
+        "--allocation",
+        metavar="NAME",
+        help="allocator that divides the budget over the linears (default: that of the run)",
+    )
     add_option(parser)
     for field in EXECUTION_FIELDS.values():
         if field.name != "run_dir" and not about(field).decides_bits:

@@ -1,5 +1,7 @@
 """Another size from the units of a run: its recipe, its model and its tokens are used again.
 
+The recipe is that of the last `compress`: what one `retarget` changes is not changed for the next.
+
 Units are named by their inputs, which do not include the size, so for another size statistics and
 decompositions exist already. Steps that depend on the size (masks, refits, compensation, training)
 are performed for the new one.
@@ -30,12 +32,14 @@ class PreviousRun:
     """Key of the unit of calibration tokens; the text itself is not read again."""
     tokens: Mapping[str, Any]
     """The facts of that unit."""
-    inherited: tuple[str, ...] = ()
-    """Tables of options that its recipe has given; those without effect now are left out."""
+    recipe: Mapping[str, Any]
+    """Recipe of the last `compress`."""
+    inherited: frozenset[tuple[str, str]] = frozenset()
+    """Tables and names of options that it has given; those without effect now are left out."""
 
 
 def asked_before(run_dir: str, out: str, **given: Any) -> tuple[Recipe, PreviousRun]:
-    """The last recipe of a run directory, with another output and other fields.
+    """The recipe of the last `compress` of a run directory, with another output and other fields.
 
     Fields of execution take their defaults unless they are given; only the number of threads, which
     decides bits, stays.
@@ -51,9 +55,9 @@ def asked_before(run_dir: str, out: str, **given: Any) -> tuple[Recipe, Previous
     """
     run = RunDirectory(parse_place(run_dir).expanduser().absolute())
     said = run.description()
-    written, model, base_model, key = (
-        said.get(name) for name in ("recipe", "model", "base_model", "tokens_key")
-    )
+    model, base_model, key = (said.get(name) for name in ("model", "base_model", "tokens_key"))
+    # run directories of 0.1.0 have one recipe, the last one
+    written = said.get("compressed", said.get("recipe"))
     names = (model, base_model, key)
     if not isinstance(written, dict) or not all(isinstance(each, str) for each in names):
         raise InputError(
@@ -74,11 +78,17 @@ def asked_before(run_dir: str, out: str, **given: Any) -> tuple[Recipe, Previous
     tables = given.pop("options", None) or {}
     check_options(tables)
     options = dict(kept.pop("options", {}))
-    inherited = tuple(name for name in options if name not in tables)
+    inherited = {(name, option) for name, table in options.items() for option in table}
+    inherited -= {(name, option) for name, table in tables.items() for option in table}
     for name, table in tables.items():
         options[name] = {**options.get(name, {}), **table}
     fields = {**override(kept, given), "options": options, "out": out, "run_dir": run_dir}
     recipe = make_recipe(fields)
     return recipe, PreviousRun(
-        parse_place(str(model)), str(base_model), str(key), tokens["facts"], inherited
+        model=parse_place(str(model)),
+        base_model=str(base_model),
+        tokens_key=str(key),
+        tokens=tokens["facts"],
+        recipe=written,
+        inherited=frozenset(inherited),
     )
