@@ -244,7 +244,8 @@ class GateAllocator(Allocator):
 
     @abstractmethod
     def weights_at(self, step: int, kept: float) -> tuple[float, float]:
-        """Return the weights of the size's slope and of the polarisation in a step, from 1.
+        """Return what drives the gates in a step, counted from 1: the weight of the L1 term, or the
+        slope of the size, or the threshold; and the weight of the polarisation.
 
         Args:
             kept: Kept fraction by the gates before it; 1 if they are not polarised.
@@ -253,6 +254,11 @@ class GateAllocator(Allocator):
     @abstractmethod
     def ends_at(self, kept: float) -> bool:
         """Test if a kept fraction of open gates ends the learning before its last step."""
+
+    def check_reached(self, kept: float, budget: Budget) -> None:
+        """Raise InfeasibleError for a budget too far below the kept fraction of open gates; by
+        default plans raise it."""
+        return None
 
     @abstractmethod
     def decisive(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from orchestrator.allocate.budget import Budget
 from orchestrator.allocate.learned import plan_of_scores
 from orchestrator.allocate.scored import GateAllocator, GateKind
-from orchestrator.errors import UsageError
+from orchestrator.errors import InfeasibleError, UsageError
 from orchestrator.plan.cost import VALUES
 from orchestrator.plan.curve import Curve
 from orchestrator.plan.linear import Linear
@@ -76,7 +76,7 @@ class Soco(GateAllocator):
     target: float = 0.6
     """Kept fraction of values that the gates are driven to: the smallest size, and the largest one
     with gains, unless `budgets` are given."""
-    budgets: str = ""
+    budgets: str | float = ""
     """Kept fractions of values with gains of their own, ascending, the smallest one in place of
     `target`. Empty: the gates at the target are the gains."""
     rate: float = 0.02
@@ -93,7 +93,8 @@ class Soco(GateAllocator):
     cross_entropy: float = 0.0
     """Weight of the cross-entropy of the text's next tokens, averaged over predictions."""
     below_target: Literal["refuse", "allow"] = "refuse"
-    """Sizes below the target: refused, or by the gates that are open at the target."""
+    """Sizes below the target, or below what the steps have reached: refused, or by the gates that
+    are open at the end."""
 
     def __post_init__(self) -> None:
         GateAllocator.__post_init__(self)
@@ -112,7 +113,7 @@ class Soco(GateAllocator):
 
     def _check_budgets(self) -> None:
         text = 'it must be ascending numbers like "0.4 0.6 0.8"'
-        if not isinstance(self.budgets, str):
+        if isinstance(self.budgets, bool):
             raise UsageError(f"soco: budgets is {self.budgets!r}; {text}")
         try:
             found = self.gain_budgets
@@ -126,7 +127,7 @@ class Soco(GateAllocator):
     @property
     def gain_budgets(self) -> tuple[float, ...]:
         """Budgets with gains of their own, ascending."""
-        return tuple(float(word) for word in self.budgets.replace(",", " ").split())
+        return tuple(float(word) for word in str(self.budgets).replace(",", " ").split())
 
     @property
     def smallest(self) -> float:
@@ -171,6 +172,17 @@ class Soco(GateAllocator):
             raise UsageError(
                 f"keep: {budget.kept} is below {least}, the size that {option} learns; keep more, "
                 f"give {option} a lower one, or soco.below_target=allow"
+            )
+
+    def check_reached(self, kept: float, budget: Budget) -> None:
+        """Raise InfeasibleError for a size that would close gates of which none has parted."""
+        is_missed = self.below_target == "refuse" and budget.cost is VALUES
+        if is_missed and budget.kept < kept - WITHIN:
+            raise InfeasibleError(
+                f"keep: {budget.kept} closes gates that the loss left open; {self.steps} steps "
+                f"keep {kept:.4f}, and soco was to reach {self.smallest}; take more steps "
+                "(soco.steps) or larger ones (soco.rate), keep more, or give "
+                "soco.below_target=allow"
             )
 
     def __call__(

@@ -61,6 +61,7 @@ def test_options_that_cannot_be_used_are_refused(options, message):
     ("options", "sizes", "taken"),
     [
         ({"target": 0.6}, (0.5, 0.6, 0.61), [0.6, 0.6, None]),
+        ({"budgets": 0.5}, (0.4, 0.5, 0.6), [0.5, 0.5, None]),
         (
             {"budgets": "0.4 0.6, 0.8"},
             (0.3, 0.4, 0.41, 0.6, 0.75, 0.9),

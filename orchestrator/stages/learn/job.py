@@ -88,14 +88,18 @@ class Learning(GateSteps):
         return PathTask(named, settings)
 
     def _gain_keys(self, done: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
-        """Keys of the gains that the size takes of a learning that is committed, by block: those of
-        the nearest snapshot, the larger one of two; none if that is the start."""
+        """Keys of the gains that the size takes of a learning that is committed, by block; none if
+        they are those of the start."""
         if not (self._allocator.snapshot_gains and done):
             return {}
-        snapshots = next(iter(done.values()))["snapshots"]
-        wanted = self._job.budget.kept
-        step = min(snapshots, key=lambda each: abs(each["kept"] - wanted))["step"]
+        step = self._nearest(done)["step"]
         return {block: snapshot_gains_key(self._key, step, block) for block in self.keys if step}
+
+    def _nearest(self, done: Mapping[int, Mapping[str, Any]]) -> Mapping[str, Any]:
+        """Snapshot of a learning that is committed nearest to the size, the larger one of two."""
+        snapshots, wanted = next(iter(done.values()))["snapshots"], self._job.budget.kept
+        nearest: Mapping[str, Any] = min(snapshots, key=lambda each: abs(each["kept"] - wanted))
+        return nearest
 
     def _has_gains(self, keys: Mapping[int, str], stage: RunningStage) -> bool:
         """Test if the gains of a snapshot are whole."""
@@ -110,6 +114,7 @@ class Learning(GateSteps):
 
         Raises:
             InputError: A loss or a gradient is not finite.
+            InfeasibleError: As `GateAllocator.check_reached`.
         """
         job, done = self._job, self.committed(stage)
         is_done = done.keys() == self.keys.keys()
@@ -120,21 +125,30 @@ class Learning(GateSteps):
             for key in self.keys.values()
             for name, each in read_scores(job.run, key).items()
         }
-        has_gains = self._allocator.gain_budget(job.budget.kept) is not None
-        facts = dict(next(iter(done.values()), {}))
-        if self._allocator.adapters:
-            facts |= {"adapters": self._allocator.adapters}
-        if self._allocator.gates == "polarised":
-            facts |= {"gains": has_gains}
-        gains = self._gain_keys(done)
-        if self._allocator.snapshot_gains:
-            facts |= {"gains": bool(gains)}
-        return Scores(
-            report={"learn": facts},
-            learned=learned,
-            orders=self.keys,
-            gains=self.keys if has_gains else gains,
-        )
+        gains = self._gains(done)
+        report = {"learn": self._report(done, gains)}
+        return Scores(report=report, learned=learned, orders=self.keys, gains=gains)
+
+    def _gains(self, done: Mapping[int, Mapping[str, Any]]) -> Mapping[int, str]:
+        """Keys of the gains that the size takes, by block."""
+        if self._allocator.gain_budget(self._job.budget.kept) is not None:
+            return self.keys
+        return self._gain_keys(done)
+
+    def _report(
+        self, done: Mapping[int, Mapping[str, Any]], gains: Mapping[int, str]
+    ) -> dict[str, Any]:
+        """Facts of the learning and of the gains that the size takes."""
+        allocator, facts = self._allocator, dict(next(iter(done.values()), {}))
+        if facts:
+            allocator.check_reached(facts["kept"], self._job.budget)
+        if allocator.adapters:
+            facts["adapters"] = allocator.adapters
+        if allocator.gates == "polarised" or allocator.snapshot_gains:
+            facts["gains"] = bool(gains)
+        if allocator.snapshot_gains and gains:
+            facts["gains_of"] = self._nearest(done)["kept"]
+        return facts
 
     def _kept(self, counts: Counts) -> float:
         """Kept fraction of values, if the linears store what their gates leave open."""

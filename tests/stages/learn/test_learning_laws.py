@@ -27,10 +27,10 @@ CASES = {
     "learned": Case("learned", "two-sided", PULLED, 0.8, 0.55),
     "learned as published": Case("learned", "svd", PULLED | PUBLISHED, 0.9, 0.55),
     "path": Case("path", "two-sided", {"stop": 0.5, "step": 0.02}, 0.7, 0.55),
-    "soco": Case("soco", "two-sided", POLARISED | {"target": 0.6}, 0.8, 0.6),
-    "soco with budgets": Case("soco", "two-sided", POLARISED | {"budgets": "0.5 0.7"}, 0.7, 0.6),
+    "soco": Case("soco", "two-sided", POLARISED | {"target": 0.4}, 0.7, 0.4),
+    "soco with budgets": Case("soco", "two-sided", POLARISED | {"budgets": "0.4 0.6"}, 0.6, 0.5),
 }
-ENDS_BY_SIZE = {"learned", "learned as published", "path"}
+ENDS_BY_SIZE = ["learned", "learned as published", "path"]
 
 
 def learned(case, model, out, text, **fields):

@@ -78,4 +78,5 @@ def test_a_size_below_the_path_may_be_extrapolated(first, tmp_path):
     assert main([*command, "--executor", "local", "--option", "path.below_stop=allow"]) == 0
     report = json.loads((tmp_path / "out" / REPORT_FILE).read_text())
     assert report["learn"]["extrapolated"]
+    assert report["learn"]["gains_of"] == report["learn"]["kept"]
     assert report["recipe"]["options"] == {"path": FAST | {"below_stop": "allow"}}
