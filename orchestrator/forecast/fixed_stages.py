@@ -24,8 +24,8 @@ GATE_BYTES = 24
 """Bytes of a gate that is learned: score, two moments, step in which it closed, gate, gradient."""
 GATE_STATE_BYTES = 16
 """Bytes of a gate in a snapshot; the last one and the one that is being written exist."""
-PATH_GATE_BYTES, PATH_STATE_BYTES = 52, 20
-"""The same of a gate of a path: gain, its two means, gate, gradient; worth, and its curve."""
+PATH_GATE_BYTES, PATH_STATE_BYTES = 60, 20
+"""The same of a gate of a path: gain, its two means, gate, gradient; worth, place and curve."""
 ADAPTER_BYTES = 16
 """Bytes of a value of an adapter: itself, two moments, gradient."""
 ADAPTER_STATE_BYTES = 12
@@ -115,18 +115,19 @@ class LearnCost(StageCost):
 
     A sequence of a step passes forward twice and back to the inputs once, with two products, of the
     weight and of the factors, each time, or with those of the factors of all directions if all have
-    gates (their decomposition is not counted); there are no gradients of weights. A divergence
-    takes one forward pass of the dense model for each sequence of the text. The number of steps is
-    an estimate, see `Allocator.scoring_passes`, which counts products of weights alone.
+    gates (their decomposition is not counted); there are no gradients of weights. Held-out
+    sequences pass forward at each snapshot and, for a divergence, all sequences of the text through
+    the dense model. The number of steps is an estimate, see `Allocator.scoring_passes`, which
+    counts products of weights alone.
     """
 
     def forecast(self, held: Footprint) -> StageForecast:
         setting, workers = self.setting, self.setting.workers
-        step = self._pass().times(3.0 * self._blocks) + setting.costs.head()
-        work = step.times(self._passes / 3)
+        head = setting.costs.head().times(1 / 3)
+        gated, dense = self._pass().times(self._blocks) + head, setting.costs.forward(self._blocks)
+        work = gated.times(self._passes + self._evaluations)
         if self._allocator.divergence:
-            dense = setting.costs.forward(self._blocks) + setting.costs.head().times(1 / 3)
-            work += dense.times(setting.sequences)
+            work += (dense + head).times(setting.sequences)
         micro = self._allocator.batch
         filling = (micro + workers - 1) / micro
         return StageForecast(
@@ -171,6 +172,13 @@ class LearnCost(StageCost):
         peak = (8 + of_budgets + 2 * self._gate_bytes[1]) * gates
         peak += (4 + 2 * ADAPTER_STATE_BYTES) * adapters
         return {**held, "scores": peak}, after
+
+    @property
+    def _evaluations(self) -> float:
+        """Passes of held-out sequences, at the start and at every snapshot."""
+        allocator = self._allocator
+        held_out = max(round(allocator.held_out * self.setting.sequences), 1)
+        return float(held_out * (1 + -(-allocator.expected_steps // allocator.every)))
 
     @property
     def _targets(self) -> float:

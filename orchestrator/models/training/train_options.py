@@ -1,6 +1,6 @@
 """Options of the whole-model training, and the assignment of sequences to steps."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from orchestrator.errors import UsageError
@@ -92,6 +92,10 @@ class Course:
     def rate(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
         return rate(step, self.steps, self.options)
+
+    def first(self, steps: int) -> "Course":
+        """Return the course of the first steps."""
+        return replace(self, batches=self.batches[:steps])
 
     def following(self, step: int) -> int:
         """Number of steps completed at the next snapshot after the one at `step`."""

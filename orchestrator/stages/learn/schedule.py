@@ -77,6 +77,10 @@ class LearnPipeline(Pipeline):
             return "size"
         return "end" if self.step == self._course.steps else None
 
+    @property
+    def _expected_course(self) -> Course:
+        return self._course.first(max(self._allocator.expected_steps, self._planned_steps))
+
     def _update(self, step: int, norm: float) -> Command:
         """Command of a step; gradients are not clipped."""
         # exact, so that the order of the linears does not matter

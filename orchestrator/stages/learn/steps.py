@@ -76,7 +76,7 @@ class GateSteps(ABC):
         if sequences < 2:
             raise UsageError(
                 f"the allocation learns and there is {sequences} sequence; two are needed, one "
-                "to learn on and one to hold out"
+                "to learn on and one to hold out: give more text, or more samples"
             )
         return plan_learning(self._allocator, sequences, self._job.randomness)
 
@@ -105,7 +105,8 @@ class GateSteps(ABC):
         Raises:
             InputError: A loss or a gradient is not finite.
         """
-        steps = work_left([(self._job.survey.num_blocks, ())], self._course, keeps_states=True)
+        course = self._course.first(self._allocator.expected_steps)
+        steps = work_left([(self._job.survey.num_blocks, ())], course, keeps_states=True)
         make_targets(self._job, self._key, self._target_keys, stage, ahead=Ahead(to_do=steps))
         self._commit(stage, done, self._train(stage))
 
@@ -138,7 +139,8 @@ class GateSteps(ABC):
                 tokens += lengths[call.command.sequence][0]
             elif isinstance(call.command, UpdateScores) and call.shard == 0:
                 step, speed = call.command.step, tokens / (time.monotonic() - begun)
-                stage.progress(step, course.steps, unit=f"step {step}", tokens_per_second=speed)
+                total = max(step, self._allocator.expected_steps)
+                stage.progress(step, total, unit=f"step {step}", tokens_per_second=speed)
             if len(pipeline.snapshots) > before:
                 self._note(pipeline, stage)
                 step, kept = pipeline.step, pipeline.sizes[pipeline.step]

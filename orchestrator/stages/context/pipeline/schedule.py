@@ -370,8 +370,13 @@ class Pipeline:
     def to_do(self) -> dict[str, float]:
         """Moves that have not ended, as if patience did not end the training early."""
         shards = [(len(each.blocks), each.moves) for each in self._shards]
-        rest = shards or [(self._num_blocks, [])], self._course, self._planned_steps
+        rest = shards or [(self._num_blocks, [])], self._expected_course, self._planned_steps
         return work_left(*rest, keeps_states=self._keeps_states)
+
+    @property
+    def _expected_course(self) -> Course:
+        """Course of the steps that are expected, for the time left."""
+        return self._course
 
     @property
     def _planned_steps(self) -> int:
@@ -383,4 +388,4 @@ class Pipeline:
         """Sequences of all steps."""
         planned = sum(map(len, self._course.batches[: self._planned_steps]))
         turns = sum(move.kind == "turn" for each in self._shards[-1:] for move in each.moves)
-        return Counted(planned - turns, sum(map(len, self._course.batches)), "sequences")
+        return Counted(planned - turns, sum(map(len, self._expected_course.batches)), "sequences")
