@@ -61,9 +61,13 @@ class ThresholdPath(GateAllocator):
     number of directions.
     """
 
+    departure: ClassVar[str] = (
+        "Derived here, after ACIP, which has the one run for all sizes: curves in closed form and "
+        "one factor a linear in place of a score a direction."
+    )
     use: ClassVar[str] = (
-        "For many sizes from one run, and for less loss than `threshold` at each; one size alone "
-        "takes as many steps."
+        "For many sizes from one run, and for less loss than `threshold` at each; for one size "
+        "alone give it as `path.stop`, which takes fewer steps."
     )
     name: ClassVar[str] = "path"
     gates: ClassVar[GateKind] = "thresholds"

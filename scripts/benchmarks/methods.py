@@ -141,6 +141,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
+    if any(ROWS[name].get("allocation") == "search" for name in options.only):
+        (options.data / HELD_OUT_FILE).stat()  # rows before the searches take hours
     options.work.mkdir(parents=True, exist_ok=True)
     rows: dict[str, dict[str, Any]] = {}
     with local_ray():
