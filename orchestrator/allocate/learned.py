@@ -79,7 +79,7 @@ class Learned(GateAllocator):
     )
     use: ClassVar[str] = (
         "To compare with: thousands of steps, where `path` takes some dozens, and `threshold`, "
-        "which lost less than a short schedule in our trial, takes none."
+        "which lost less than a short schedule in our results, takes none."
     )
     name: ClassVar[str] = "learned"
     gates: ClassVar[GateKind] = "pulled"

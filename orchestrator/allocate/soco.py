@@ -70,7 +70,10 @@ class Soco(GateAllocator):
         "A reconstruction from the abstract: the form of gates, losses, rates and phases are "
         "ours; the `deviation` term is unknown and missing."
     )
-    use: ClassVar[str] = "To compare with. Its quality is not measured yet."
+    use: ClassVar[str] = (
+        "To compare with: after sixty steps it lost more than `threshold`, which takes none; more "
+        "steps are not measured."
+    )
     name: ClassVar[str] = "soco"
     gates: ClassVar[GateKind] = "polarised"
     target: float = 0.6
