@@ -10,7 +10,7 @@ from orchestrator import retarget
 from orchestrator.errors import StoppedError
 
 
-class Case(NamedTuple):
+class LearningCase(NamedTuple):
     """Settings of a learning of a few steps, its size, and another size of the same run."""
 
     allocation: str
@@ -24,11 +24,13 @@ PULLED = {"rate": 0.2, "penalty": 0.002, "growth": 1.5, "growth_every": 1, "step
 PUBLISHED = {"tail": "full", "penalty_by": "count", "adapters": 3}
 POLARISED = {"rate": 0.3, "steps": 12}
 CASES = {
-    "learned": Case("learned", "two-sided", PULLED, 0.8, 0.55),
-    "learned as published": Case("learned", "svd", PULLED | PUBLISHED, 0.9, 0.55),
-    "path": Case("path", "two-sided", {"stop": 0.5, "step": 0.02}, 0.7, 0.55),
-    "soco": Case("soco", "two-sided", POLARISED | {"target": 0.4}, 0.7, 0.4),
-    "soco with budgets": Case("soco", "two-sided", POLARISED | {"budgets": "0.4 0.6"}, 0.6, 0.5),
+    "learned": LearningCase("learned", "two-sided", PULLED, 0.8, 0.55),
+    "learned as published": LearningCase("learned", "svd", PULLED | PUBLISHED, 0.9, 0.55),
+    "path": LearningCase("path", "two-sided", {"stop": 0.5, "step": 0.02}, 0.7, 0.55),
+    "soco": LearningCase("soco", "two-sided", POLARISED | {"target": 0.4}, 0.7, 0.4),
+    "soco with budgets": LearningCase(
+        "soco", "two-sided", POLARISED | {"budgets": "0.4 0.6"}, 0.6, 0.5
+    ),
 }
 ENDS_BY_SIZE = ["learned", "learned as published", "path"]
 
