@@ -275,9 +275,14 @@ def _check_held_out(recipe: Recipe, allocator: Allocator) -> None:
 
 def _check_gates(recipe: Recipe, method: Method, allocator: Allocator) -> None:
     """Raises UsageError for gates of directions that several linears share, or that are polarised
-    at a size of another kind, or whose curves are in another unit than nats."""
+    at a size of another kind, or whose curves are in another unit than nats; or for one sample."""
     if not isinstance(allocator, GateAllocator):
         return
+    if recipe.samples == 1:
+        raise UsageError(
+            f"samples is 1, and {recipe.allocation} learns on some sequences and measures its loss "
+            "on others; give 2 or more"
+        )
     given = [name for name in POLARISED_SIZES if getattr(recipe, name) is not None]
     if allocator.gates == "thresholds" and not method.nats:
         raise UsageError(

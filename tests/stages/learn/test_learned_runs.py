@@ -89,8 +89,12 @@ def test_what_cannot_be_learned_is_refused(llama2, text, tmp_path):
     """A shared basis, one sequence, and a loss that is not finite, each in one line."""
     with pytest.raises(UsageError, match="gives several linears one basis"):
         learned(llama2, tmp_path / "out", text, method="basis-sharing")
-    with pytest.raises(UsageError, match="there is 1 sequence; two are needed"):
+    with pytest.raises(UsageError, match="samples is 1, and learned learns on some sequences"):
         learned(llama2, tmp_path / "out", text, samples=1)
+    short = tmp_path / "short.txt"
+    short.write_text(text.read_text()[:100])
+    with pytest.raises(UsageError, match="there is 1 sequence; two are needed"):
+        learned(llama2, tmp_path / "out", short, sequence_length=64, samples=None)
     model = with_tokenizer(llama2, tmp_path / "dense")
     tensors = load_file(model / "model.safetensors")
     head = next(name for name in tensors if name in ("lm_head.weight", "model.embed_tokens.weight"))
