@@ -45,6 +45,9 @@ HELD_OUT_FILE = "wikitext2/wiki.valid.raw"
 SHORT = {"rate": 0.05, "growth": 1.07, "growth_every": 1, "batch": 1, "every": 10}
 """A learning of as many windows as the path's, a hundredth of the default's."""
 
+SOCO = {"rate": 0.1, "steps": 60, "batch": 2, "every": 20}
+"""A course of as many windows as the path's."""
+
 PATH = {"batch": 2}
 """A path of half as many sequences as the default's, some 120 windows."""
 
@@ -96,14 +99,17 @@ ROWS: Mapping[str, Row] = {
     "two-sided (soco)": {
         "method": "two-sided",
         "allocation": "soco",
-        "options": {"soco": {"rate": 0.1, "steps": 60, "batch": 2, "every": 20}},
+        "options": {"soco": SOCO},
+    },
+    "two-sided (soco to 0.4)": {
+        "method": "two-sided",
+        "allocation": "soco",
+        "options": {"soco": {**SOCO, "target": 0.4}},
     },
     "two-sided (soco, two budgets)": {
         "method": "two-sided",
         "allocation": "soco",
-        "options": {
-            "soco": {"rate": 0.1, "steps": 60, "batch": 2, "every": 20, "budgets": "0.6 0.8"}
-        },
+        "options": {"soco": {**SOCO, "budgets": "0.6 0.8"}},
     },
     "best": PRESETS["best"],
     "two-sided-sparse": {"method": "two-sided-sparse"},
