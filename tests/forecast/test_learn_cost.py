@@ -33,7 +33,7 @@ def passes(allocator, held_out=64):
 
 def test_a_pass_takes_four_operations_a_value_and_token(config):
     """Products with the weight and its factors, which have as many values; attention and the head
-    add less than a fifth. 24 bytes a gate are nothing beside the factors."""
+    add less than a fifth. 24 bytes a gate are negligible beside the factors."""
     shapes = shapes_of(NAME)
     path = config(NAME, dtype="bfloat16", tie_word_embeddings=False)
     stage = learning(forecast(path))
