@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator.allocate import ALLOCATORS, make_allocator
 from orchestrator.allocate.base import Allocator, Scoring
 from orchestrator.allocate.budget import Budget
-from orchestrator.allocate.scored import GateAllocator
+from orchestrator.allocate.gates.base import GateAllocator
 from orchestrator.errors import UsageError
 from orchestrator.methods import METHODS, make_method
 from orchestrator.methods.base import Method

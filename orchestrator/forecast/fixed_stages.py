@@ -5,7 +5,7 @@ Calibration is forecast with the cut of the run (`forecast.forecast`); its memor
 
 from collections.abc import Mapping, Sequence
 
-from orchestrator.allocate.scored import GateAllocator
+from orchestrator.allocate.gates.base import GateAllocator
 from orchestrator.forecast import memory
 from orchestrator.forecast.costs import Costs
 from orchestrator.forecast.memory import Footprint

@@ -10,7 +10,7 @@ from orchestrator.allocate.base import Scoring
 from orchestrator.allocate.budget import Budget, plan_cost
 from orchestrator.allocate.experts.drops import predicted_loss
 from orchestrator.allocate.fill import fill_budget
-from orchestrator.allocate.learned import extrapolates
+from orchestrator.allocate.gates.scores import extrapolates
 from orchestrator.errors import InfeasibleError
 from orchestrator.plan.cost import CACHE, OPERATIONS, PICOSECONDS, VALUES, Cost, TimeCost
 from orchestrator.plan.linear import Linear

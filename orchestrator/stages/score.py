@@ -1,12 +1,8 @@
 """Scoring: losses of the model, or learned scores, that the allocator asks for."""
 
 from orchestrator.allocate.base import Scoring
-from orchestrator.allocate.scored import (
-    GateAllocator,
-    MaskAllocator,
-    PlanAllocator,
-    SensitivityAllocator,
-)
+from orchestrator.allocate.gates.base import GateAllocator
+from orchestrator.allocate.scored import MaskAllocator, PlanAllocator, SensitivityAllocator
 from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.stages.allocate import dividing
 from orchestrator.stages.context.running_stage import RunningStage

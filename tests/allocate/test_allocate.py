@@ -22,17 +22,17 @@ from orchestrator.allocate import make_allocator
 from orchestrator.allocate.budget import Budget
 from orchestrator.allocate.d_rank import DRankAllocator
 from orchestrator.allocate.fill import fill_budget
+from orchestrator.allocate.gates.learned import Learned
+from orchestrator.allocate.gates.soco import Soco
+from orchestrator.allocate.gates.threshold_path import ThresholdPath
 from orchestrator.allocate.grasp import GraspAllocator
-from orchestrator.allocate.learned import Learned
 from orchestrator.allocate.lorc import Lorc
 from orchestrator.allocate.mgaa import RULES, MgaaAllocator
 from orchestrator.allocate.search import SearchAllocator
-from orchestrator.allocate.soco import Soco
 from orchestrator.allocate.steps import spend, step_costs
 from orchestrator.allocate.strs import Strs
 from orchestrator.allocate.svd_llm_v2 import SvdLlmV2Allocator
 from orchestrator.allocate.threshold import Threshold
-from orchestrator.allocate.threshold_path import ThresholdPath
 from orchestrator.allocate.uniform import Uniform
 from orchestrator.errors import InfeasibleError, UsageError
 from orchestrator.plan.codecs import CODECS

@@ -4,8 +4,8 @@ import pytest
 from forecast_shapes import recipe, shapes_of
 from pipeline import run, write_llama, write_text
 
-from orchestrator.allocate.learned import Learned
-from orchestrator.allocate.threshold_path import ThresholdPath
+from orchestrator.allocate.gates.learned import Learned
+from orchestrator.allocate.gates.threshold_path import ThresholdPath
 from orchestrator.api import plan
 from orchestrator.errors import UsageError
 from orchestrator.models.checkpoint.headers import read_json

@@ -6,7 +6,7 @@ import pytest
 
 from orchestrator.allocate import ALLOCATORS
 from orchestrator.allocate.base import Allocator, Scoring
-from orchestrator.allocate.learned import Learned
+from orchestrator.allocate.gates.learned import Learned
 from orchestrator.allocate.sparsity.cap import CapAllocator
 from orchestrator.allocate.strs import Strs
 from orchestrator.allocate.threshold import Threshold

@@ -149,7 +149,7 @@ class LearnedGates(ABC):
 class GateScores(LearnedGates):
     """Scores of the gates of one linear; a gate is open, 1, while its score is above 0.
 
-    With h the gradient of the loss for an open gate, λ and w as in `allocate.learned.Learned`, step
+    With h the gradient of the loss for an open gate, λ and w as in `allocate.gates.learned`, step
     t is, for open gates,
 
         g = h + λ w,    m <- m + (1 - b1)(g - m),    v <- b2 v + (1 - b2) g²,

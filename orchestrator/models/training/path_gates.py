@@ -30,7 +30,7 @@ STATE = ("open", "threshold", "worth", "evidence", "gain", "mean", "averaged")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PathSettings:
-    """Settings of the gates of a path; see `allocate.threshold_path`."""
+    """Settings of the gates of a path; see `allocate.gates.threshold_path`."""
 
     gains: bool
     prior: float
@@ -52,8 +52,8 @@ class PathTask(NamedTuple):
 class PathGates(LearnedGates):
     """Gates of one linear that close where κ v is at most the threshold, from its last step on.
 
-    κ and the gains are those of `allocate.threshold_path.ThresholdPath`, from the gradients h of
-    the gates: of closed ones, tail included, for κ, and of the open ones of a linear that is cut
+    κ and the gains are those of `allocate.gates.threshold_path.ThresholdPath`, from the gradients h
+    of the gates: of closed ones, tail included, for κ, and of the open ones of a linear that is cut
     for gains. The gates of a linear that is whole are 1. What the threshold closes stays closed;
     the first direction never closes.
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from orchestrator.allocate.learned import plan_of_scores
-from orchestrator.allocate.soco import Soco
+from orchestrator.allocate.gates.scores import plan_of_scores
+from orchestrator.allocate.gates.soco import Soco
 from orchestrator.plan.plan import Plan
 from orchestrator.stages.context.decompose import compression_task
 from orchestrator.stages.context.running_stage import RunningStage

@@ -5,8 +5,8 @@ from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
-from orchestrator.allocate.scored import GateAllocator
-from orchestrator.allocate.threshold_path import ThresholdPath, path_curve
+from orchestrator.allocate.gates.base import GateAllocator
+from orchestrator.allocate.gates.threshold_path import ThresholdPath, path_curve
 from orchestrator.models.training.gate_scores import num_directions
 from orchestrator.models.training.path_gates import PathSettings, PathTask
 from orchestrator.runtime.resume import reusable_units
@@ -22,7 +22,7 @@ from orchestrator.store.units import unit_key
 
 
 class Learning(GateSteps):
-    """Scores of all directions of all linears, a unit for each block; see `allocate.learned`.
+    """Scores of all directions of all linears, a unit for each block; see `allocate.gates.learned`.
 
     The model is the dense one with gates. The keys of the units hold neither a size nor a plan, so
     any other size finds them.

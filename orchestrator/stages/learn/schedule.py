@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from orchestrator.allocate.scored import GateAllocator
+from orchestrator.allocate.gates.base import GateAllocator
 from orchestrator.models.training.train_options import Course, TrainOptions, plan_steps
 from orchestrator.randomness import Randomness
 from orchestrator.runtime.calls import Call, Command

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
-from orchestrator.allocate.scored import GateAllocator
+from orchestrator.allocate.gates.base import GateAllocator
 from orchestrator.errors import InputError, UsageError
 from orchestrator.models.training.train_options import Course
 from orchestrator.progress.tally import Ahead

@@ -8,7 +8,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from orchestrator.allocate.scored import GateKind
+from orchestrator.allocate.gates.base import GateKind
 from orchestrator.linalg.extend import extend_directions
 from orchestrator.models.checkpoint.weights import fingerprint_of
 from orchestrator.models.shards.chunk import Chunk
@@ -80,7 +80,7 @@ class LearnSettings:
     """Keys of the units of scores, by block."""
     target_keys: tuple[str, ...]
     tail: str = "gate"
-    """"gate" or "full"; see `allocate.learned.Learned`."""
+    """"gate" or "full"; see `allocate.gates.learned.Learned`."""
     adapters: int = 0
     """Rank of the adapters; 0: none."""
     path: PathTask | None = None

@@ -4,7 +4,7 @@ import pytest
 import torch
 from compressed import some_chunks
 
-from orchestrator.allocate.soco import polarisation_at, pull_at
+from orchestrator.allocate.gates.soco import polarisation_at, pull_at
 from orchestrator.models.forms.low_rank import LowRankLinear
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.statistics.orientation import dense_weight

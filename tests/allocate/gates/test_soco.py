@@ -5,7 +5,7 @@ import pytest
 
 from orchestrator.allocate import make_allocator
 from orchestrator.allocate.budget import Budget
-from orchestrator.allocate.soco import (
+from orchestrator.allocate.gates.soco import (
     HEIGHT,
     WITHIN,
     Soco,

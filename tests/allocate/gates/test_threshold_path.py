@@ -6,9 +6,9 @@ from allocation import make_cosines, make_curves, make_model
 
 from orchestrator.allocate import make_allocator
 from orchestrator.allocate.budget import Budget
+from orchestrator.allocate.gates.threshold_path import ThresholdPath, path_curve
 from orchestrator.allocate.steps import step_costs
 from orchestrator.allocate.threshold import Threshold
-from orchestrator.allocate.threshold_path import ThresholdPath, path_curve
 from orchestrator.errors import UsageError
 from orchestrator.plan.allowed_ranks import AllowedRanks
 from orchestrator.plan.forms import LOW_RANK, PIVOTED

@@ -9,7 +9,8 @@ from allocation import make_cosines, make_curves, make_linears, make_model
 
 from orchestrator.allocate import make_allocator
 from orchestrator.allocate.budget import Budget
-from orchestrator.allocate.learned import Learned, extrapolates
+from orchestrator.allocate.gates.learned import Learned
+from orchestrator.allocate.gates.scores import extrapolates
 from orchestrator.errors import InfeasibleError, InputError, UsageError
 from orchestrator.plan.allowed_ranks import AllowedRanks
 

@@ -10,16 +10,14 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from orchestrator.allocate.budget import Budget
-from orchestrator.allocate.learned import check_stop, plan_of_learned
-from orchestrator.allocate.scored import GateAllocator, GateKind
+from orchestrator.allocate.gates.base import GateKind
+from orchestrator.allocate.gates.stopped import StoppedGates
 from orchestrator.allocate.steps import step_costs
 from orchestrator.allocate.threshold import Threshold
 from orchestrator.plan.allowed_ranks import AllowedRanks
 from orchestrator.plan.curve import Curve, PathCurve
 from orchestrator.plan.forms import Form
 from orchestrator.plan.linear import Linear
-from orchestrator.plan.plan import Plan
 from orchestrator.recipe.options import check_choice, check_number
 
 LEAST = 0.5
@@ -27,7 +25,7 @@ LEAST = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ThresholdPath(GateAllocator):
+class ThresholdPath(StoppedGates):
     """The plans of one rising threshold, with the loss of the gated model to correct the curves.
 
     `threshold` closes step i of linear l where v_li, the loss that the curve says it takes away per
@@ -71,8 +69,6 @@ class ThresholdPath(GateAllocator):
     )
     name: ClassVar[str] = "path"
     gates: ClassVar[GateKind] = "thresholds"
-    stop: float = 0.4
-    """Kept fraction of values at which the path ends: the smallest size."""
     step: float = 0.01
     """Kept fraction by which the plans of two steps differ, by the curves alone."""
     gains: Literal["yes", "no"] = "yes"
@@ -85,19 +81,15 @@ class ThresholdPath(GateAllocator):
     """Weight of a step's gradients in κ, over that of the next step's."""
     every: int = 4
     """Steps between snapshots, each of which has gains of its own."""
-    below_stop: Literal["refuse", "allow"] = "refuse"
-    """Sizes below the smallest of the path: refused, or by the corrected curves of its end."""
 
     def __post_init__(self) -> None:
-        GateAllocator.__post_init__(self)
-        check_number("path: stop", self.stop, 1e-3, 1)
+        StoppedGates.__post_init__(self)
         check_number("path: step", self.step, 1e-5, 1)
         check_choice("path: gains", self.gains, ("yes", "no"))
         check_number("path: prior", self.prior, 1e-6, 10)
         check_number("path: rate", self.rate, 1e-6, 1)
         check_number("path: memory", self.memory, 0, 0.999999)
         check_number("path: cross_entropy", self.cross_entropy, 1e-6, 1e6)
-        check_choice("path: below_stop", self.below_stop, ("refuse", "allow"))
 
     @property
     def steps(self) -> int:
@@ -106,9 +98,7 @@ class ThresholdPath(GateAllocator):
 
     def decisive(self) -> dict[str, Any]:
         """Options that decide scores and gains."""
-        options = asdict(self) | {"loss": "path"}
-        del options["below_stop"]
-        return options
+        return StoppedGates.decisive(self) | {"loss": "path"}
 
     def begin(
         self, linears: Sequence[Linear], curves: Mapping[str, Curve], form: Form, tokens: int
@@ -134,10 +124,6 @@ class ThresholdPath(GateAllocator):
         """Raise TypeError: thresholds are those of `begin`."""
         raise TypeError("path: thresholds are known after begin() alone")
 
-    def ends_at(self, kept: float) -> bool:
-        """Test if a kept fraction of open gates is small enough."""
-        return kept <= self.stop
-
     @property
     def snapshot_gains(self) -> bool:
         return self.gains == "yes"
@@ -146,27 +132,6 @@ class ThresholdPath(GateAllocator):
     def expected_steps(self) -> int:
         """Steps until the curves alone keep `stop`."""
         return max(math.ceil((1 - self.stop) / self.step), 1)
-
-    def check_budget(self, linears: Sequence[Linear], budget: Budget) -> None:
-        """Raise the errors of `Budget.total`, and UsageError for a size below `stop`."""
-        budget.total(linears)
-        check_stop("path", self.stop, self.below_stop, budget)
-
-    def __call__(
-        self,
-        linears: Sequence[Linear],
-        curves: Mapping[str, Curve],
-        budget: Budget,
-        cosines: Mapping[str, float],
-    ) -> Plan:
-        """Return the plan that keeps the steps that the threshold closes last.
-
-        Raises:
-            InfeasibleError: As `Budget.total`; or the budget does not hold all open gates, and
-                `below_stop` refuses.
-            InputError: Scores of a linear are missing.
-        """
-        return plan_of_learned(linears, curves, budget, name="path", below_stop=self.below_stop)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 from orchestrator.allocate.budget import Budget
-from orchestrator.allocate.learned import plan_of_scores
-from orchestrator.allocate.scored import GateAllocator, GateKind
+from orchestrator.allocate.gates.base import GateAllocator, GateKind
+from orchestrator.allocate.gates.scores import plan_of_scores
 from orchestrator.errors import InfeasibleError, UsageError
 from orchestrator.plan.cost import VALUES
 from orchestrator.plan.curve import Curve
