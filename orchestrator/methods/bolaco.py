@@ -48,8 +48,8 @@ class Bolaco(Method):
         "is cut unless `--ignore '*v_proj'` is given; break-even ranks stay dense."
     )
     use: ClassVar[str] = (
-        "To compare with, by `--allocation search`: with equal fractions `svd-llm` lost less above "
-        "0.5 in our results. No pivoted storage, dense export or server takes the bias."
+        "To compare with, by `--allocation search`: with equal fractions `svd-llm` lost less at "
+        "0.8 and 0.9 in our results. No pivoted storage, dense export or server takes the bias."
     )
     form: ClassVar[str] = "affine"
     input_means: ClassVar[bool] = True
