@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from orchestrator.allocate.base import Scoring
 from orchestrator.forecast.costs import Costs
-from orchestrator.forecast.fixed_stages import LearnCost
+from orchestrator.forecast.fixed.learn import LearnCost
 from orchestrator.forecast.forecast import costs_of
 from orchestrator.forecast.outcome import Forecast, Resources
 from orchestrator.forecast.room import Room

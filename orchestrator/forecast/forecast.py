@@ -7,7 +7,7 @@ from typing import Any
 from orchestrator.allocate.base import Scoring
 from orchestrator.forecast.costs import Costs
 from orchestrator.forecast.doubles import float64_remark, float64_seconds
-from orchestrator.forecast.fixed_stages import (
+from orchestrator.forecast.fixed.stages import (
     calibration_memory,
     fewest_groups,
     one_block_remedy,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from orchestrator.forecast.costs import Costs
-from orchestrator.forecast.fixed_stages import stage_costs
+from orchestrator.forecast.fixed.stages import stage_costs
 from orchestrator.forecast.forecast import costs_of
 from orchestrator.forecast.rates import Rates
 from orchestrator.forecast.room import Room
