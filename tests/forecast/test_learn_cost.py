@@ -50,7 +50,8 @@ def test_a_pass_takes_four_operations_a_value_and_token(config):
 
 
 def test_gates_of_all_directions_have_factors_in_the_place_of_weights(config):
-    """O I + K² values of factors pass instead of two times O I; gates are K a linear."""
+    """O I + K² values of factors pass instead of two times O I; gates are K a linear. Making these
+    factors takes 0.3 % of the difference at most."""
     shapes = shapes_of(NAME)
     path = config(NAME, dtype="bfloat16", tie_word_embeddings=False)
     tail, full = (
@@ -59,12 +60,34 @@ def test_gates_of_all_directions_have_factors_in_the_place_of_weights(config):
     smaller = [min(each.out_features, each.in_features) for each in shapes.linears]
     squares, targeted = sum(k * k for k in smaller), sum(each.values for each in shapes.linears)
     fewer = 2 * passes(Learned()) * TOKENS * (targeted - squares)
-    assert tail.flops - full.flops == pytest.approx(fewer, rel=2e-3)
+    assert tail.flops - full.flops == pytest.approx(fewer, rel=3e-3)
     assert full.device.parts["gates"] == 24 * sum(smaller) / 8
     adapted = learning(forecast(path, options={"learned": {"adapters": 32}})).device.parts
     sides = sum(each.out_features + each.in_features for each in shapes.linears)
     assert adapted["adapters"] == 16 * 32 * sides / 8
     assert full.device.parts["factors"] == pytest.approx(2 * (targeted + squares) / 8, rel=1e-3)
+
+
+def test_gates_of_all_directions_take_a_decomposition_of_each_linear(config):
+    """Two numbers of steps give what no step takes: for each linear an eigendecomposition, 9 K³,
+    and products of the same order; nothing if all directions are stored."""
+    path = config(NAME, dtype="bfloat16", tie_word_embeddings=False)
+
+    def without_steps(**fields):
+        counts = {"tail": "full", "every": 1}
+        few, more = (Learned(steps=steps, **counts) for steps in (1, 2))
+        once, twice = (
+            learning(forecast(path, options={"learned": {"steps": steps, **counts}}, **fields))
+            for steps in (1, 2)
+        )
+        a_pass = (twice.flops - once.flops) / (passes(more) - passes(few))
+        return once.flops - passes(few) * a_pass
+
+    smaller = [min(each.out_features, each.in_features) for each in shapes_of(NAME).linears]
+    eigen = 9 * sum(k**3 for k in smaller)
+    assert eigen < without_steps() < 5 * eigen
+    whole = without_steps(storage="pivoted")
+    assert abs(whole) < 1e-3 * eigen
 
 
 def test_targets_of_a_divergence_take_a_pass_of_the_text(config):

@@ -17,10 +17,12 @@ from orchestrator import api
 from orchestrator.api import plan
 from orchestrator.forecast import memory
 from orchestrator.forecast.shapes import read_shapes
+from orchestrator.linalg.extend import extend_directions
 from orchestrator.linalg.low_rank import Curvature, InputGram, OutputGram, decompose
 from orchestrator.linalg.two_sided import decompose_two_sided
 from orchestrator.methods import METHODS
 from orchestrator.methods.kinds.costs.base import LinearStatistics
+from orchestrator.methods.kinds.costs.extended import extending_bytes
 from orchestrator.plan.experts import ROUTED_BYTES
 from orchestrator.plan.forms import LOW_RANK
 from orchestrator.plan.linear import Linear
@@ -67,6 +69,25 @@ def test_a_decomposition_holds_what_is_forecast(shape, method, side, is_full):
     foreseen = METHODS[method].kind.cost.workspace(linear, given, rank)
     measured = live.peak - weight_OI.nbytes
     assert 0.6 * foreseen <= measured <= 1.01 * foreseen
+
+
+@pytest.mark.parametrize("stored", [1, 60, 190])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_extension_holds_what_is_forecast(shape, stored):
+    """To the bytes of vectors, or LAPACK's workspace, which only the forecast has; 191 and 198
+    directions are stored below break-even."""
+    outputs, inputs = SHAPES[shape]
+    generator = torch.Generator().manual_seed(0)
+    weight_OI = torch.randn(outputs, inputs, generator=generator)
+    rows = torch.randn(2000, inputs, dtype=torch.float64, generator=generator)
+    found = decompose(weight_OI, InputGram(rows.T @ rows, 2000), stored)
+    given = weight_OI, found.weight_OR, found.down_RI
+    with LiveBytes() as live:
+        left_OK, right_KI = extend_directions(*given)
+    assert (left_OK @ right_KI - weight_OI).norm() < 1e-4 * weight_OI.norm()
+    measured = live.peak - sum(each.nbytes for each in given)
+    expected = extending_bytes(linear_of(outputs, inputs), stored, 4)
+    assert 0.75 * expected <= measured <= 1.01 * expected
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from orchestrator.forecast.memory import Footprint
 from orchestrator.forecast.outcome import StageForecast
 from orchestrator.forecast.stage_cost import Parts, StageCost
 from orchestrator.forecast.work import Work, computed
+from orchestrator.methods.kinds.costs.extended import extending, extending_bytes
 from orchestrator.models.training.train_options import TrainOptions
 from orchestrator.plan.linear import Linear
 from orchestrator.stage_names import LEARN
@@ -29,16 +30,17 @@ class LearnCost(StageCost):
 
     A sequence of a step passes forward twice and back to the inputs once, with two products, of the
     weight and of the factors, each time, or with those of the factors of all directions if all have
-    gates (their decomposition is not counted); there are no gradients of weights. Held-out
-    sequences pass forward at each snapshot and, for a divergence, all sequences of the text through
-    the dense model. The number of steps is an estimate, see `Allocator.scoring_passes`, which
-    counts products of weights alone.
+    gates; directions that are not stored are then made as a shard opens. There are no gradients of
+    weights. Held-out sequences pass forward at each snapshot and, for a divergence, all sequences
+    of the text through the dense model. The number of steps is an estimate, see
+    `Allocator.scoring_passes`, which counts products of weights alone.
     """
 
     def forecast(self, held: Footprint) -> StageForecast:
         setting, workers = self.setting, self.setting.workers
         head = setting.costs.head().times(1 / 3)
         gated, dense = self._pass().times(self._blocks) + head, setting.costs.forward(self._blocks)
+        opening = self._opening.times(self._blocks)
         work = gated.times(self._passes + self._evaluations)
         if self._allocator.divergence:
             work += (dense + head).times(setting.sequences)
@@ -46,8 +48,10 @@ class LearnCost(StageCost):
         filling = (micro + workers - 1) / micro
         return StageForecast(
             name=LEARN,
-            flops=work.flops,
-            seconds=setting.seconds(lambda rates: work.seconds(rates) / workers * filling),
+            flops=(opening + work).flops,
+            seconds=setting.seconds(
+                lambda rates: (opening.seconds(rates) + filling * work.seconds(rates)) / workers
+            ),
             device=self._memory(min(workers, self._blocks)),
         )
 
@@ -58,7 +62,7 @@ class LearnCost(StageCost):
         blocks = -(-self._blocks // min(setting.workers, self._blocks))
         head = Work(single=costs.head().flops / blocks)
         return {
-            "open": costs.load(1),
+            "open": costs.load(1) + self._opening,
             "take": costs.load(1).times(2),
             "forward": forward,
             "score": costs.forward(1) + head.times(1 / 3),
@@ -140,6 +144,22 @@ class LearnCost(StageCost):
         return [(each, form.break_even(each) - 1 - self._adapters) for each in heaviest]
 
     @property
+    def _stored(self) -> list[tuple[Linear, int]]:
+        """Linears of a block, with the number of their directions that are stored."""
+        costs = self.setting.costs
+        stored, pivoted = costs.method.kind.cost.stored_rank, costs.is_pivoted
+        return [(each, stored(each, pivoted=pivoted)) for each in self.setting.shapes.heaviest]
+
+    @property
+    def _opening(self) -> Work:
+        """Decompositions of the directions of a block that are not stored, if they have gates."""
+        work = Work()
+        if self._is_full:
+            for linear, rank in self._stored:
+                work += extending(linear, rank)
+        return work
+
+    @property
     def _adapters(self) -> int:
         """Rank of the adapters."""
         return self._allocator.adapters
@@ -177,24 +197,25 @@ class LearnCost(StageCost):
         return setting.costs.forward(1) + computed(factors, setting.costs.itemsize)
 
     def _memory(self, workers: int) -> Footprint:
-        """Footprint of one worker's shard, if `workers` hold the whole model between them."""
+        """Footprint of one worker's shard, if `workers` hold the whole model between them: of its
+        steps, or of the last block that opens where more is held then."""
         setting, shapes = self.setting, self.setting.shapes
         size, tokens, blocks = setting.costs.itemsize, setting.tokens, -(-self._blocks // workers)
         inner = sum(rank + linear.in_features for linear, rank in self._ranks)
         logits = 4 * 4 * tokens * shapes.vocabulary
         between = size * tokens * shapes.hidden * (blocks + 2 * workers)
         adapters = int(ADAPTER_BYTES * blocks * self._adapter_values)
-        return Footprint(
-            {
-                "process": memory.PROCESS_BYTES,
-                "weights": blocks * shapes.block_values * size,
-                "factors": int(blocks * self._factor_values) * size,
-                "gates": int(self._gate_bytes[0] * blocks * self._gates),
-                **({"adapters": adapters} if adapters else {}),
-                "embeddings or head": size * max(shapes.front_values, shapes.head_values),
-                "activations": memory.activation_bytes(shapes, tokens, size, 1)
-                + size * tokens * inner
-                + logits
-                + between,
-            }
-        )
+        held = {
+            "process": memory.PROCESS_BYTES,
+            "weights": blocks * shapes.block_values * size,
+            "factors": int(blocks * self._factor_values) * size,
+            "gates": int(self._gate_bytes[0] * blocks * self._gates),
+            **({"adapters": adapters} if adapters else {}),
+            "embeddings or head": size * max(shapes.front_values, shapes.head_values),
+        }
+        activations = memory.activation_bytes(shapes, tokens, size, 1) + size * tokens * inner
+        activations += logits + between
+        opening = [extending_bytes(*each, size) for each in self._stored if self._is_full]
+        if (decomposition := max(opening, default=0)) > activations:
+            return Footprint({**held, "decomposition": decomposition})
+        return Footprint({**held, "activations": activations})
