@@ -64,7 +64,7 @@ class Lorc(Allocator):
         "queries and attention are those of transformers."
     )
     use: ClassVar[str] = (
-        "For a smaller cache without calibration: `--method svd --keep-cache`. It saves memory "
+        "For a smaller cache from the weights alone: `--method svd --keep-cache`. It saves memory "
         "and no time."
     )
     is_for_cache: ClassVar[bool] = True
