@@ -31,6 +31,18 @@ def passes(allocator, held_out=64):
     return 3 * steps * allocator.batch + held_out * (1 + steps // allocator.every)
 
 
+def fixed_and_pass(path, tail, storage=None):
+    """FLOPs apart from passes, and those of a pass, from forecasts of one step and of two."""
+    counts, flops = [], []
+    for steps in (1, 2):
+        options = {"tail": tail, "every": 1, "steps": steps}
+        counts.append(passes(Learned(**options)))
+        found = forecast(path, storage=storage, options={"learned": options})
+        flops.append(learning(found).flops)
+    a_pass = (flops[1] - flops[0]) / (counts[1] - counts[0])
+    return flops[0] - counts[0] * a_pass, a_pass
+
+
 def test_a_pass_takes_four_operations_a_value_and_token(config):
     """Products with the weight and its factors, which have as many values; attention and the head
     add less than a fifth. 24 bytes a gate are negligible beside the factors."""
@@ -50,17 +62,15 @@ def test_a_pass_takes_four_operations_a_value_and_token(config):
 
 
 def test_gates_of_all_directions_have_factors_in_the_place_of_weights(config):
-    """O I + K² values of factors pass instead of two times O I; gates are K a linear. Making these
-    factors takes 0.3 % of the difference at most."""
+    """O I + K² values of factors pass instead of two times O I; gates are K a linear."""
     shapes = shapes_of(NAME)
     path = config(NAME, dtype="bfloat16", tie_word_embeddings=False)
-    tail, full = (
-        learning(forecast(path, options={"learned": {"tail": each}})) for each in ("gate", "full")
-    )
+    full = learning(forecast(path, options={"learned": {"tail": "full"}}))
     smaller = [min(each.out_features, each.in_features) for each in shapes.linears]
     squares, targeted = sum(k * k for k in smaller), sum(each.values for each in shapes.linears)
-    fewer = 2 * passes(Learned()) * TOKENS * (targeted - squares)
-    assert tail.flops - full.flops == pytest.approx(fewer, rel=3e-3)
+    (_, with_tail), (_, with_all) = (fixed_and_pass(path, tail=each) for each in ("gate", "full"))
+    fewer = 2 * TOKENS * (targeted - squares)
+    assert with_tail - with_all == pytest.approx(fewer, rel=2e-3)
     assert full.device.parts["gates"] == 24 * sum(smaller) / 8
     adapted = learning(forecast(path, options={"learned": {"adapters": 32}})).device.parts
     sides = sum(each.out_features + each.in_features for each in shapes.linears)
@@ -69,25 +79,16 @@ def test_gates_of_all_directions_have_factors_in_the_place_of_weights(config):
 
 
 def test_gates_of_all_directions_take_a_decomposition_of_each_linear(config):
-    """Two numbers of steps give what no step takes: for each linear an eigendecomposition, 9 K³,
-    and products of the same order; nothing if all directions are stored."""
+    """An eigendecomposition, 9 K³, and products of the same order; none if all directions are
+    stored, and none for tails."""
     path = config(NAME, dtype="bfloat16", tie_word_embeddings=False)
-
-    def without_steps(**fields):
-        counts = {"tail": "full", "every": 1}
-        few, more = (Learned(steps=steps, **counts) for steps in (1, 2))
-        once, twice = (
-            learning(forecast(path, options={"learned": {"steps": steps, **counts}}, **fields))
-            for steps in (1, 2)
-        )
-        a_pass = (twice.flops - once.flops) / (passes(more) - passes(few))
-        return once.flops - passes(few) * a_pass
-
     smaller = [min(each.out_features, each.in_features) for each in shapes_of(NAME).linears]
     eigen = 9 * sum(k**3 for k in smaller)
-    assert eigen < without_steps() < 5 * eigen
-    whole = without_steps(storage="pivoted")
-    assert abs(whole) < 1e-3 * eigen
+    fixed, _ = fixed_and_pass(path, tail="full")
+    assert eigen < fixed < 5 * eigen
+    for tail, storage in (("full", "pivoted"), ("gate", None)):
+        fixed, _ = fixed_and_pass(path, tail=tail, storage=storage)
+        assert abs(fixed) < 1e-3 * eigen
 
 
 def test_targets_of_a_divergence_take_a_pass_of_the_text(config):

@@ -144,20 +144,19 @@ class LearnCost(StageCost):
         return [(each, form.break_even(each) - 1 - self._adapters) for each in heaviest]
 
     @property
-    def _stored(self) -> list[tuple[Linear, int]]:
-        """Linears of a block, with the number of their directions that are stored."""
+    def _extended(self) -> list[tuple[Linear, int]]:
+        """Linears of a block whose directions are completed as it opens, with the number of the
+        stored ones; empty unless all directions have gates."""
+        if not self._is_full:
+            return []
         costs = self.setting.costs
         stored, pivoted = costs.method.kind.cost.stored_rank, costs.is_pivoted
         return [(each, stored(each, pivoted=pivoted)) for each in self.setting.shapes.heaviest]
 
     @property
     def _opening(self) -> Work:
-        """Decompositions of the directions of a block that are not stored, if they have gates."""
-        work = Work()
-        if self._is_full:
-            for linear, rank in self._stored:
-                work += extending(linear, rank)
-        return work
+        """Decompositions for the directions of a block that are not stored."""
+        return sum((extending(*each) for each in self._extended), Work())
 
     @property
     def _adapters(self) -> int:
@@ -215,7 +214,7 @@ class LearnCost(StageCost):
         }
         activations = memory.activation_bytes(shapes, tokens, size, 1) + size * tokens * inner
         activations += logits + between
-        opening = [extending_bytes(*each, size) for each in self._stored if self._is_full]
+        opening = (extending_bytes(*each, size) for each in self._extended)
         if (decomposition := max(opening, default=0)) > activations:
             return Footprint({**held, "decomposition": decomposition})
         return Footprint({**held, "activations": activations})
