@@ -71,8 +71,8 @@ class Soco(GateAllocator):
         "ours; the `deviation` term is unknown and missing."
     )
     use: ClassVar[str] = (
-        "To compare with: after sixty steps it lost more than `threshold`, which takes none, but "
-        "for one text at 0.4; more steps are not measured."
+        "To compare with: after sixty steps it lost more than `threshold`, which takes none, "
+        "except on C4 at 0.4; more steps are not measured."
     )
     name: ClassVar[str] = "soco"
     gates: ClassVar[GateKind] = "polarised"
